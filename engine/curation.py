@@ -1,0 +1,481 @@
+"""A curation run: plan what is to do, scan it on Ray, commit as it comes, judge, account."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pickle
+import queue
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+
+from engine import storage
+from engine.accounts import Accounts, balance
+from engine.lease import EXPIRY_S, Lease
+from engine.operator import Stage
+from engine.plan import STORED, Plan, Policy, first_look, settle
+from engine.sandbox import Failed
+from engine.scan import Scan
+from engine.schema import SOURCES
+from engine.sources import Listing, Source
+from engine.tables import Writer
+from engine.worker import (
+    PARTS,
+    Job,
+    Outcome,
+    Reader,
+    Unit,
+    beside_of,
+    duplicate_row,
+    failed,
+    source_id,
+    with_captions,
+)
+
+WAVE = 20_000
+"""Units given to one Ray Data execution: its bookkeeping is per block, and must stay bounded."""
+BLOCKS = 2_000
+COMMIT_EVERY_S = 10.0
+COMMIT_AT = 64
+"""Outcomes that wait for a commit: what a death may cost is this many sources, or ten seconds."""
+PUBLISH_EVERY_S = 600.0
+DEATHS_ALLOWED = 3
+
+_log = logging.getLogger(__name__)
+_LOST_WORKER = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.NodeDiedError,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a run goes about it; none of these changes a stored number."""
+
+    measure_all: bool = False
+    retry_failed: bool = False
+    verify: bool = False
+    time_limit_s: float = 600.0
+    memory_limit_gib: float = 4.0
+    lease_expiry_s: float = EXPIRY_S
+    workers: int | None = None
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is; handed to its watcher whenever it changes."""
+
+    sources: int = 0
+    """To read in this run."""
+    done: int = 0
+    failed: int = 0
+    clips: int = 0
+    frames: int = 0
+    parts: int = 0
+    parts_done: int = 0
+    doing: str = "planning"
+    started: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run leaves."""
+
+    root: str
+    run_id: str
+    accounts: Accounts
+    frames_decoded: int
+    seconds: float
+    interrupted: bool
+
+
+class Curation:
+    """One run over one dataset.
+
+    Args:
+        root: A dataset that `engine.tables.create` made.
+        recipe: Its name; a dataset belongs to one.
+        scan: How sources become clips.
+        stages: What is kept.
+        options: How to go about it.
+        connect: Connects to Ray; called only when there is something to read.
+        watch: Called with the run's progress.
+        about: Further facts of the `runs` row: `resolved`, `versions`, `git_commit`, `src`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        recipe: str,
+        scan: Scan,
+        stages: tuple[Stage, ...],
+        options: Options,
+        connect: Callable[[], AbstractContextManager[str]],
+        watch: Callable[[Progress], None] = lambda _: None,
+        about: dict[str, Any] | None = None,
+    ):
+        self.root, self.recipe, self.stages, self.options = root, recipe, stages, options
+        self.connect, self.watch, self.about = connect, watch, about or {}
+        self.run_id = str(uuid.uuid4())
+        self.progress = Progress()
+        self.job = Job(
+            root=root,
+            run_id=self.run_id,
+            scan=scan,
+            stages=stages,
+            measure_all=options.measure_all,
+            time_limit_s=options.time_limit_s,
+            memory_limit_bytes=int(options.memory_limit_gib * 2**30),
+            aws=tuple(storage.aws_environment().items()),
+        )
+        self.frames_decoded = 0
+        self._uncommitted: list[Outcome] = []
+        self._committed_at = self._published_at = time.monotonic()
+
+    def run(self, listing: Listing) -> Result:
+        """Does what is left to do; on Ctrl-C commits what is done and says so in the result.
+
+        Raises:
+            DatasetError: The dataset is in use.
+            LeaseLost: Another driver has taken over.
+        """
+        started, clock = datetime.now(UTC), time.monotonic()
+        interrupted = False
+        with (
+            Lease(self.root, self.run_id, self.options.lease_expiry_s),
+            contextlib.ExitStack() as self._connection,
+        ):
+            self.writer = Writer(self.root, self.run_id, recovered=_log.warning)
+            self.writer.publish(self.stages)
+            try:
+                self._work(listing)
+            except KeyboardInterrupt:
+                interrupted = True
+            self._commit()
+            self.progress.doing = "judging"
+            self.watch(self.progress)
+            self.writer.publish(self.stages)
+            accounts = balance(self.writer.table, listing)
+            seconds = time.monotonic() - clock
+            self.writer.add_run(
+                self.about
+                | {
+                    "run_id": self.run_id,
+                    "recipe": self.recipe,
+                    "fingerprint": self.job.scan.fingerprint,
+                    "started_at": started,
+                    "seconds": seconds,
+                    "frames_decoded": self.frames_decoded,
+                    "interrupted": interrupted,
+                    "counts": json.dumps(accounts.as_dict()),
+                }
+            )
+            if not interrupted:
+                self._forget_parts()
+        return Result(
+            root=self.root,
+            run_id=self.run_id,
+            accounts=accounts,
+            frames_decoded=self.frames_decoded,
+            seconds=seconds,
+            interrupted=interrupted,
+        )
+
+    def _forget_parts(self) -> None:
+        parts = storage.join(self.root, PARTS)
+        for folder in storage.names_in(parts):
+            for name in storage.names_in(storage.join(parts, folder)):
+                storage.delete(storage.join(parts, folder, name))
+
+    # Planning
+
+    def _work(self, listing: Listing) -> None:
+        stored = self._stored()
+        policy = Policy(
+            fingerprint=self.job.scan.fingerprint,
+            retry_failed=self.options.retry_failed,
+            verify=self.options.verify,
+            unmeasured=self._unmeasured(),
+        )
+        plan = first_look(listing.sources, stored, policy)
+        plan.missing += self._vanished(listing, stored)
+        self._mark_missing(plan.missing, stored)
+        hashed = self._hash(plan)
+        settle(plan, hashed, listing.sources, stored, policy)
+        self._commit_settled(plan, stored)
+        self.progress.sources, self.progress.doing = len(plan.units), "scanning"
+        self._scan(plan.units, stored)
+
+    def _stored(self) -> dict[str, dict[str, Any]]:
+        rows = self.writer.table("sources").to_table(columns=STORED).to_pylist()
+        return {row["uri"]: row for row in rows}
+
+    def _unmeasured(self) -> frozenset[str]:
+        """Sources with a clip that no rule on what is known of it rejects, yet lacks a signal."""
+        wanted = "state = 'pending'"
+        if self.options.measure_all:
+            wanted += " OR (state = 'rejected' AND brightness IS NULL AND error_type IS NULL)"
+        found = self.writer.table("clips").to_table(columns=["source_id"], filter=wanted)
+        return frozenset(found["source_id"].to_pylist())
+
+    def _vanished(self, listing: Listing, stored: dict[str, dict[str, Any]]) -> list[str]:
+        listed = {s.uri for s in listing.sources}
+        others = [u for u, row in stored.items() if u not in listed and not row["missing"]]
+        there = storage.exists_many(others)
+        return [uri for uri, exists in zip(others, there, strict=True) if not exists]
+
+    def _mark_missing(self, uris: Sequence[str], stored: dict[str, dict[str, Any]]) -> None:
+        if not uris:
+            return
+        _log.warning("%d source(s) of this dataset are gone; they are marked", len(uris))
+        self._renew([stored[u]["source_id"] for u in uris], lambda row: row | {"missing": True})
+        for uri in uris:
+            stored[uri] |= {"missing": True}
+
+    def _hash(self, plan: Plan) -> dict[str, str]:
+        """Content hashes of what must be known before it is decided what to scan."""
+        self.progress.sources, self.progress.doing = len(plan.to_hash), "hashing"
+        hashed = {}
+        for outcome in self._outcomes(plan.to_hash):
+            self.progress.done += 1
+            self.watch(self.progress)
+            if outcome.sha256:
+                hashed[outcome.unit.source.uri] = outcome.sha256
+        self.progress.done = 0
+        return hashed
+
+    def _commit_settled(self, plan: Plan, stored: dict[str, dict[str, Any]]) -> None:
+        """Commits what needs no reading: copies, new time stamps, other captions."""
+        if plan.duplicates:
+            rows = [duplicate_row(self.job, *found) for found in plan.duplicates]
+            replaced = [r["source_id"] for r in rows if r["uri"] in stored]
+            self.writer.commit(sources=_table(rows), replaces=replaced)
+        touched = {source_id(s.uri): s for s in plan.touched}
+        self._renew(list(touched), lambda row: row | _stat_of(touched[row["source_id"]]))
+        self._recaption({source_id(s.uri): s for s in plan.recaptioned})
+
+    def _renew(
+        self,
+        ids: Sequence[str],
+        change: Callable[[dict[str, Any]], dict[str, Any]],
+        clips: pa.Table | None = None,
+    ) -> None:
+        """Rewrites rows of `sources` (and of `clips`, where given): nothing is read again."""
+        if ids:
+            rows = _rows_of(self.writer.table("sources"), ids).to_pylist()
+            self.writer.commit(
+                sources=_table([change(r) for r in rows]),
+                clips=clips,
+                replaces=ids,
+                in_tables=("sources",) if clips is None else ("sources", "clips"),
+            )
+
+    def _recaption(self, changed: dict[str, Source]) -> None:
+        clips = _rows_of(self.writer.table("clips"), list(changed)).sort_by(
+            [("source_id", "ascending"), ("start_s", "ascending"), ("end_s", "ascending")]
+        )
+        parts = [
+            with_captions(clips.filter(pc.equal(clips["source_id"], key)), source)
+            for key, source in changed.items()
+        ]
+        self._renew(
+            list(changed),
+            lambda row: row | _beside(changed[row["source_id"]]),
+            pa.concat_tables(parts) if parts else None,
+        )
+
+    # Scanning
+
+    def _scan(self, units: Sequence[Unit], stored: dict[str, dict[str, Any]]) -> None:
+        """Scans units in waves; parts of long sources, and what a dead worker had, come again."""
+        self._stored_rows = stored
+        waiting = list(units)
+        settled: set[str] = set()
+        while waiting:
+            wave, waiting = waiting[:WAVE], waiting[WAVE:]
+            came: dict[tuple[str, int | None], Outcome] = {}
+            for outcome in self._outcomes(wave):
+                came[outcome.unit.source.uri, outcome.unit.part] = outcome
+                waiting += self._take(outcome, settled)
+            waiting += self._again(wave, came, settled)
+
+    def _take(self, outcome: Outcome, settled: set[str]) -> list[Unit]:
+        """Counts an outcome and queues its rows; gives the units that it calls for."""
+        unit, uri = outcome.unit, outcome.unit.source.uri
+        self.frames_decoded += outcome.frames_decoded
+        self.progress.frames += outcome.frames_decoded
+        self.progress.parts_done += unit.part is not None
+        further: list[Unit] = []
+        if outcome.source_row is not None and uri not in settled:
+            settled.add(uri)
+            self._uncommitted.append(outcome)
+            self.progress.done += 1
+            self.progress.failed += outcome.source_row["state"] == "failed"
+            self.progress.clips += outcome.clips.num_rows
+        elif outcome.parts:
+            further = [
+                dataclasses.replace(unit, sha256=outcome.sha256, parts=outcome.parts, part=i)
+                for i in range(len(outcome.parts))
+            ]
+            self.progress.parts += len(further)
+        self.watch(self.progress)
+        now = time.monotonic()
+        if len(self._uncommitted) >= COMMIT_AT or now - self._committed_at > COMMIT_EVERY_S:
+            self._commit()
+        if now - self._published_at > PUBLISH_EVERY_S:
+            self.writer.publish(self.stages)
+            self._published_at = time.monotonic()
+        return further
+
+    def _again(
+        self,
+        wave: Sequence[Unit],
+        came: dict[tuple[str, int | None], Outcome],
+        settled: set[str],
+    ) -> list[Unit]:
+        """What of a wave must be done again, alone with its deaths counted, or is given up."""
+        again, joined = [], defaultdict(list)
+        for unit in wave:
+            uri = unit.source.uri
+            if uri in settled:
+                continue
+            if (uri, unit.part) in came:
+                if unit.part is not None:
+                    joined[uri].append(unit)
+            elif unit.died + 1 >= DEATHS_ALLOWED:
+                message = f"its worker died {DEATHS_ALLOWED} times"
+                gone = failed(self.job, unit, Failed("WorkerDied", message, transient=True))
+                self._take(gone, settled)
+            else:
+                again.append(dataclasses.replace(unit, died=unit.died + 1))
+        for uri, units in joined.items():
+            if uri not in settled and not any(u.source.uri == uri for u in again):
+                # every part is parked, and whoever should have joined them died
+                again.append(dataclasses.replace(units[0], part=0, died=units[0].died + 1))
+        return again
+
+    def _outcomes(self, units: Sequence[Unit]) -> Iterator[Outcome]:
+        """Outcomes as they come. Units whose worker died too often have none."""
+        if not units:
+            return
+        if not ray.is_initialized():
+            _log.info("%s", self._connection.enter_context(self.connect()))
+        found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._feed, args=(units, found), daemon=True).start()
+        while True:
+            try:
+                item = found.get(timeout=1.0)
+            except queue.Empty:
+                self.watch(self.progress)
+                if self._uncommitted and time.monotonic() - self._committed_at > COMMIT_EVERY_S:
+                    self._commit()
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                if isinstance(item, _LOST_WORKER):
+                    _log.warning("a worker was lost: %s", str(item).splitlines()[0])
+                    return
+                raise item
+            yield pickle.loads(item)
+
+    def _feed(self, units: Sequence[Unit], found: queue.SimpleQueue[Any]) -> None:
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        workers = min(len(units), self.options.workers or cores)
+        rows = [{"unit": pickle.dumps(unit)} for unit in units]
+        pipeline = ray.data.from_items(
+            rows, override_num_blocks=min(len(rows), BLOCKS)
+        ).map_batches(
+            Reader,
+            fn_constructor_args=(self.job,),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=workers,
+                initial_size=workers,
+                max_tasks_in_flight_per_actor=2,
+            ),
+            max_restarts=-1,
+            max_task_retries=DEATHS_ALLOWED,
+        )
+        try:
+            for row in pipeline.iter_rows():
+                found.put(row["outcome"])
+            found.put(None)
+        except BaseException as error:  # the driver's thread raises it
+            found.put(error)
+
+    def _commit(self) -> None:
+        """Commits what has come, in one unit; keeps good rows where a re-read failed for now."""
+        self._committed_at = time.monotonic()
+        outcomes, self._uncommitted = self._uncommitted, []
+        rows, clips, keyframes, replaces = [], [], [], []
+        for outcome in outcomes:
+            assert outcome.source_row is not None
+            row, old = outcome.source_row, self._stored_rows.get(outcome.unit.source.uri)
+            if old and old["state"] == "done" and row["state"] == "failed" and row["transient"]:
+                _log.warning("%s: %s; what is stored of it stands", row["uri"], row["error"])
+                continue
+            if old:
+                replaces.append(old["source_id"])
+            rows.append(row)
+            clips.append(outcome.clips)
+            keyframes += outcome.keyframes
+            if outcome.unit.heir_of and row["state"] == "done":
+                rows.append(self._disinherited(outcome.unit))
+                replaces.append(rows[-1]["source_id"])
+        if rows:
+            self.writer.commit(
+                sources=_table(rows),
+                clips=pa.concat_tables(clips),
+                keyframes=keyframes,
+                replaces=replaces,
+            )
+
+    def _disinherited(self, unit: Unit) -> dict[str, Any]:
+        """The row of a source that is gone, now that another with its content stands for it."""
+        assert unit.heir_of is not None
+        row = _rows_of(self.writer.table("sources"), [source_id(unit.heir_of)]).to_pylist()[0]
+        return row | {"state": "duplicate", "duplicate_of": unit.source_id, "num_clips": 0}
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=SOURCES)
+
+
+def _rows_of(table: Any, ids: Sequence[str]) -> pa.Table:
+    quoted = ", ".join(f"'{i}'" for i in ids)
+    return table.to_table(filter=f"source_id IN ({quoted})") if ids else table.schema.empty_table()
+
+
+def _stat_of(source: Source) -> dict[str, Any]:
+    return {
+        "size_bytes": source.size_bytes,
+        "mtime_ns": source.mtime_ns,
+        "etag": source.etag,
+        "missing": False,
+    }
+
+
+def _beside(source: Source) -> dict[str, Any]:
+    return {"caption": source.caption, "extra": source.extra, "beside": beside_of(source)}

@@ -1,0 +1,145 @@
+"""The tables of a dataset, column by column: the one place that names them.
+
+Column names carry their unit (`_s _px _fps _bytes _frac`), scores end in `_score`, counts start with
+`num_`. What a run did not measure, and what does not apply, is null. Schema changes are additive.
+"""
+
+from __future__ import annotations
+
+import lance
+import pyarrow as pa
+
+FORMAT = 1
+"""Layout of a dataset; raised when an older reader could misread it."""
+
+
+def field(name: str, kind: pa.DataType, about: str, *, unit: str = "") -> pa.Field:
+    """A column with its meaning (and unit) in the field's metadata."""
+    return pa.field(name, kind, metadata={"about": about} | ({"unit": unit} if unit else {}))
+
+
+_text, _float, _real = pa.string(), pa.float32(), pa.float64()
+
+VERDICT = pa.schema(
+    [
+        field("state", _text, "kept, rejected, failed, duplicate or pending"),
+        field("kept", pa.bool_(), "state is kept"),
+        field("stage", _text, "stage that rejected or failed it"),
+        field("reason", _text, 'why it is not kept, e.g. "brightness<0.2"'),
+        field("rule_column", _text, "column that the rejecting rule read"),
+        field("rule_value", _real, "value that the rule found"),
+        field("rule_bound", _real, "bound that the value crossed"),
+    ]
+)
+"""What `engine.judge` decides; rewritten whenever rules change, in one commit."""
+
+SOURCES = pa.schema(
+    [
+        field("source_id", _text, "uuid5 of the uri"),
+        field("uri", _text, "absolute path or object-store URI"),
+        field("state", _text, "done, failed or duplicate"),
+        field("error_type", _text, "exception class of a failure"),
+        field("error", _text, "what was wrong, for a person"),
+        field("transient", pa.bool_(), "the failure may pass: the next run tries again"),
+        field("duplicate_of", _text, "source_id of the source with the same content"),
+        field("missing", pa.bool_(), "the file was gone when the last run looked"),
+        field("size_bytes", pa.int64(), "size when it was read", unit="bytes"),
+        field("mtime_ns", pa.int64(), "time stamp when it was read", unit="ns"),
+        field("etag", _text, "object store's ETag when it was read"),
+        field("sha256", _text, "content hash"),
+        field("request", _text, "hash of the spans asked for"),
+        field("beside", _text, "hash of captions and extra columns found beside the file"),
+        field("fingerprint", _text, "of the scan that read it"),
+        field("scanned", pa.bool_(), "frames were decoded (false: its container decided)"),
+        field("container", _text, "container format"),
+        field("codec", _text, "video codec"),
+        field("pix_fmt", _text, "pixel format as coded"),
+        field("width_px", pa.int32(), "as shown: rotated, square pixels", unit="px"),
+        field("height_px", pa.int32(), "as shown: rotated, square pixels", unit="px"),
+        field("rotation_deg", pa.int32(), "clockwise turn that a player applies", unit="degrees"),
+        field("fps", _real, "average frame rate", unit="frames/s"),
+        field("duration_s", _real, "as decoded, else as the container claims", unit="s"),
+        field("num_frames", pa.int64(), "as decoded, else as the container claims"),
+        field("has_audio", pa.bool_(), "there is an audio stream"),
+        field("num_clips", pa.int32(), "clips it was split into"),
+        field("frames_decoded", pa.int64(), "frames the decoder gave for it"),
+        field("note", _text, "a fallback that reading it took"),
+        field("caption", _text, "caption found beside the file"),
+        field("extra", _text, "manifest columns of its own, as one JSON object"),
+        field("run_id", _text, "run that wrote this row"),
+    ]
+)
+
+CLIPS = pa.schema(
+    [
+        field("clip_id", _text, "uuid5 of content hash and span"),
+        field("source_id", _text, "source it is a span of"),
+        field("source_uri", _text, "where that source was"),
+        field("start_s", _real, "first frame's time", unit="s"),
+        field("end_s", _real, "end of the last frame's time", unit="s"),
+        field("start_frame", pa.int64(), "index of the first frame in the source"),
+        field("num_frames", pa.int64(), "frames in the clip"),
+        field("fps", _real, "average frame rate", unit="frames/s"),
+        field("width_px", pa.int32(), "as shown", unit="px"),
+        field("height_px", pa.int32(), "as shown", unit="px"),
+        field("duration_s", _real, "end_s - start_s", unit="s"),
+        field("aspect_ratio", _real, "shown width / shown height"),
+        field("codec", _text, "video codec of the source"),
+        field("motion_score", _float, "mean optical flow at the stated width", unit="px/frame"),
+        field("black_area_frac", _float, "share of black pixels, mean over frames"),
+        field("brightness", _float, "mean luma, 0 to 1"),
+        field("black_frame_frac", _float, "share of black frames"),
+        field("aesthetic_score", _float, "LAION aesthetic predictor, 1 to 10"),
+        field("ocr_area_frac", _float, "share of the frame under text"),
+        field("watermark_score", _float, "probability of a watermark, by a VLM"),
+        field("overlay_score", _float, "static overlay, without weights"),
+        field("phash", pa.uint64(), "perceptual hash over keyframes"),
+        field("caption", _text, "generated caption"),
+        field("caption_original", _text, "caption found beside the input"),
+        field("repetition_2gram", _float, "2-gram repetition rate of the caption"),
+        field("repetition_5gram", _float, "5-gram repetition rate of the caption"),
+        field("repetition_10gram", _float, "10-gram repetition rate of the caption"),
+        field("clip_score", _float, "CLIP similarity of caption and keyframes"),
+        field("extra", _text, "manifest columns of its own, as one JSON object"),
+        field("error_type", _text, "exception class of a failed measurement"),
+        field("error", _text, "what was wrong, for a person"),
+        field("duplicate_of", _text, "clip_id of the clip that stands for it"),
+        *VERDICT,
+    ]
+)
+
+KEYFRAMES = pa.schema(
+    [
+        field("clip_id", _text, "clip it shows"),
+        field("source_id", _text, "source it was taken from"),
+        field("frame", pa.int64(), "index of the frame in the source"),
+        field("time_s", _real, "time of the frame in the source", unit="s"),
+        field("width_px", pa.int32(), "upright, square pixels", unit="px"),
+        field("height_px", pa.int32(), "upright, square pixels", unit="px"),
+        lance.blob_field("jpeg"),
+    ]
+)
+
+RUNS = pa.schema(
+    [
+        field("run_id", _text, "uuid of the run"),
+        field("recipe", _text, "name of the recipe"),
+        field("resolved", _text, "the whole recipe, as JSON"),
+        field("fingerprint", _text, "of the scan"),
+        field("versions", _text, "library versions, as JSON"),
+        field("git_commit", _text, "commit of this project, where known"),
+        field("src", _text, "what was asked for, as JSON"),
+        field("started_at", pa.timestamp("us", "UTC"), "start"),
+        field("seconds", _real, "wall time", unit="s"),
+        field("frames_decoded", pa.int64(), "frames decoded by this run"),
+        field("interrupted", pa.bool_(), "stopped before the end"),
+        field("counts", _text, "sources, clips and reasons at the end, as JSON"),
+    ]
+)
+
+TABLES: dict[str, pa.Schema] = {
+    "sources": SOURCES,
+    "clips": CLIPS,
+    "keyframes": KEYFRAMES,
+    "runs": RUNS,
+}

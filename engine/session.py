@@ -1,0 +1,104 @@
+"""Where a run's Ray is: the cluster that runs already, or else one on this machine for its time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+import ray.data
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Of a cluster of our own: only numbers and file names pass through it."""
+NO_PROGRESS_S = 1800
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def connected(workers: int | None = None) -> Iterator[str]:
+    """Connects to Ray for the time of a `with`, and gives one line that says to which.
+
+    The cluster is the one that `RAY_ADDRESS` names, else the one that `ray start` last started on
+    this machine, else a new one with this machine's cores (or `workers`), ended afterwards.
+
+    Raises:
+        ConnectionError: `RAY_ADDRESS` names a cluster that does not answer.
+    """
+    address = _running()
+    _quiet()
+    try:
+        if address:
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+            )
+            yield f"Ray cluster at {address}"
+        else:
+            os.environ["PYTHONPATH"] = _python_path()  # what its workers inherit
+            ray.init(
+                address="local",
+                num_cpus=workers,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+            yield f"Ray on this machine, {int(ray.cluster_resources()['CPU'])} cores"
+    finally:
+        ray.shutdown()
+
+
+def _running() -> str | None:
+    named = os.environ.get("RAY_ADDRESS")
+    if named == "local":
+        return None
+    if named:
+        if _host_port(named) and not _answers(named):
+            raise ConnectionError(
+                f"no Ray cluster answers at RAY_ADDRESS={named}: start it, or unset RAY_ADDRESS"
+            )
+        return named
+    last = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    found = last.read_text().strip() if last.is_file() else ""
+    return found if found and _answers(found) else None
+
+
+def _host_port(address: str) -> tuple[str, int] | None:
+    host, _, port = address.rpartition(":")
+    return (host, int(port)) if host and port.isdigit() and "/" not in host else None
+
+
+def _answers(address: str) -> bool:
+    where = _host_port(address)
+    if where is None:
+        return False
+    try:
+        socket.create_connection(where, timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _python_path() -> str:
+    """This repository first: workers import it, installed or not, from wherever we were run."""
+    rest = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(REPOSITORY), *(p for p in rest if p and p != str(REPOSITORY))])
+
+
+def _quiet() -> None:
+    """Ray's own words go to its log files; ours are for the person at the terminal."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S

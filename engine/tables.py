@@ -1,0 +1,390 @@
+"""A dataset on disk: its tables, read by anyone, and changed by one driver through fenced commits.
+
+How a driver that lost its lease is kept from adding rows (two Lance appends from one version both
+land, so a lease alone cannot): whoever takes a dataset over first commits a *seal* on every table, a
+`Merge` that changes nothing. Lance lets no append, update, merge or compaction land that was begun
+before a `Merge`, so nothing of an earlier driver can, however late it wakes. Every later commit
+starts from the version that this driver made itself, and its manifest is written put-if-absent.
+
+A unit of work touches several tables. `sources` is committed last, and says in its transaction which
+versions of the others belong to it: rows that a dead driver committed beyond those are taken back
+when the dataset is opened for writing again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lance
+import pyarrow as pa
+from lance import LanceOperation
+from lance.commit import CommitConflictError
+from lance.fragment import FragmentMetadata, LanceFragment, write_fragments
+
+from engine import storage
+from engine.judge import columns_read, judge
+from engine.operator import Stage
+from engine.schema import FORMAT, TABLES, VERDICT
+
+STORAGE_VERSION = "2.2"  # the first with blob columns
+COMPACT_AT = 64
+"""Small fragments a table may have before they are compacted."""
+KEPT_VERSIONS = 64
+"""Versions of a table that stay readable behind the newest (a tag keeps one for good)."""
+ROWS_PER_FRAGMENT = {"keyframes": 8_192}
+"""Rows of a full fragment where rows are large; `_FULL` elsewhere."""
+_FULL = 131_072
+_DATA_TABLES = ("keyframes", "clips", "sources")  # in the order in which a unit commits them
+
+
+class DatasetError(ValueError):
+    """A dataset that is missing, of another recipe or layout, or in use: one line for its user."""
+
+
+class LeaseLost(RuntimeError):
+    """Another driver has taken the dataset over: nothing was written."""
+
+
+def table_uri(root: str, name: str) -> str:
+    """Where a table lies below a dataset's root."""
+    return storage.join(root, f"{name}.lance")
+
+
+def read(root: str, name: str, version: int | None = None) -> lance.LanceDataset:
+    """A table of a dataset, to read.
+
+    Raises:
+        DatasetError: There is no dataset there, or a newer layout made it.
+    """
+    identity(root)
+    uri = table_uri(root, name)
+    try:
+        return lance.dataset(uri, version=version, storage_options=storage.lance_options(uri))
+    except ValueError as error:
+        raise DatasetError(f"{root}: its table {name!r} cannot be opened: {error}") from error
+
+
+def identity(root: str) -> dict[str, Any]:
+    """What a dataset says of itself: `format` and `recipe`.
+
+    Raises:
+        DatasetError: There is no dataset there, or a newer layout made it.
+    """
+    try:
+        found = json.loads(storage.read_bytes(storage.join(root, "dataset.json")))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DatasetError(
+            f"{root} holds no dataset: give the folder that `pipelines/curate.py --dst` named"
+        ) from None
+    if found["format"] > FORMAT:
+        raise DatasetError(
+            f"{root} has layout {found['format']}, and this program reads up to {FORMAT}: update it"
+        )
+    return found
+
+
+def create(root: str, recipe: str) -> None:
+    """Makes an empty dataset, or does nothing where this recipe's dataset is there already.
+
+    Raises:
+        DatasetError: Another recipe's dataset is there, or it cannot be written to.
+    """
+    try:
+        storage.make_folder(root)
+        text = json.dumps({"format": FORMAT, "recipe": recipe})
+        storage.put_if_absent(storage.join(root, "dataset.json"), text.encode())
+    except OSError as error:
+        raise DatasetError(
+            f"cannot write to {root} ({error.strerror or error}): choose a --dst you may write to"
+        ) from error
+    found = identity(root)["recipe"]
+    if found != recipe:
+        raise DatasetError(
+            f"{root} holds a dataset of recipe {found!r}, not {recipe!r}: "
+            f"choose another --dst, or run recipe {found!r}"
+        )
+    for name, schema in TABLES.items():
+        _create_table(table_uri(root, name), schema)
+
+
+def _create_table(uri: str, schema: pa.Schema) -> None:
+    options = storage.lance_options(uri)
+    try:
+        lance.write_dataset(
+            schema.empty_table(),
+            uri,
+            schema=schema,
+            mode="create",
+            data_storage_version=STORAGE_VERSION,
+            storage_options=options,
+        )
+    except OSError as error:
+        if "already exists" not in str(error):
+            raise
+        table = lance.dataset(uri, storage_options=options)
+        lacking = [f for f in schema if f.name not in table.schema.names]
+        if lacking:  # made by an earlier version of this program: the new columns are null
+            table.add_columns(pa.schema(lacking))
+
+
+@dataclass(kw_only=True)
+class _Table:
+    """One table as its driver sees it: `at` is always the version that the driver itself made."""
+
+    name: str
+    at: lance.LanceDataset
+
+    def commit(self, operation: Any, **properties: str) -> None:
+        uri = self.at.uri
+        try:
+            self.at = lance.LanceDataset.commit(
+                uri,
+                lance.Transaction(
+                    read_version=self.at.version,
+                    operation=operation,
+                    transaction_properties=properties,
+                ),
+                storage_options=storage.lance_options(uri),
+                max_retries=0,
+            )
+        except CommitConflictError as error:
+            raise LeaseLost(f"{uri} was taken over by another run; this one stops") from error
+
+    def seal(self, **properties: str) -> None:
+        """Commits a change of nothing that no commit begun earlier can get past."""
+        fragments = [f.metadata for f in self.at.get_fragments()]
+        self.commit(LanceOperation.Merge(fragments, self.at.lance_schema), **properties)
+
+    def properties(self, version: int | None = None) -> dict[str, str]:
+        transaction = self.at.read_transaction(version or self.at.version)
+        return (transaction.transaction_properties or {}) if transaction else {}
+
+    def without(self, column: str, values: Sequence[str]) -> tuple[list[FragmentMetadata], list]:
+        """Fragments changed, and ids of fragments emptied, when rows with these values go."""
+        changed, emptied = [], []
+        for batch in _chunks(values, 500):
+            quoted = ", ".join("'" + v.replace("'", "''") + "'" for v in batch)
+            predicate = f"{column} IN ({quoted})"
+            for fragment in self._holding(predicate):
+                left = fragment.delete(predicate)
+                if left is None:
+                    emptied.append(fragment.fragment_id)
+                else:
+                    changed.append(left)
+        return changed, emptied
+
+    def _holding(self, predicate: str) -> Iterator[LanceFragment]:
+        found = self.at.scanner(columns=[], filter=predicate, with_row_id=True).to_table()
+        for number in sorted({row_id >> 32 for row_id in found["_rowid"].to_pylist()}):
+            yield self.at.get_fragment(number)
+
+
+class Writer:
+    """The one driver of a dataset. Every method commits atomically or raises `LeaseLost`.
+
+    Args:
+        root: A dataset that `create` made.
+        run_id: Recorded with each commit.
+        recovered: Called with one line when a dead run's unfinished commit was taken back.
+    """
+
+    def __init__(self, root: str, run_id: str, recovered: Callable[[str], None] = lambda _: None):
+        self.root, self.run_id = root, run_id
+        self._tables = {name: _Table(name=name, at=read(root, name)) for name in TABLES}
+        belonging = self._tables["sources"].properties()
+        for name in ("sources", "clips", "keyframes", "runs"):  # sources first: its commit decides
+            self._seal(name, belonging)
+        belonging = self._belonging()
+        for name in ("clips", "keyframes"):
+            if self._take_back(self._tables[name], int(belonging.get(name, 0))):
+                recovered(f"took back rows of {name} that a dead run had not finished committing")
+        self._record()
+
+    def _seal(self, name: str, properties: dict[str, str]) -> None:
+        # a live driver may commit between our read and our seal: then read again, it is losing
+        for attempt in range(5):
+            table = self._tables[name]
+            try:
+                table.seal(**(table.properties() if name == "sources" else properties | {"kind": "seal"}))
+                return
+            except LeaseLost:
+                if attempt == 4:
+                    raise
+                table.at = read(self.root, name)
+
+    def _belonging(self) -> dict[str, str]:
+        return self._tables["sources"].properties()
+
+    @staticmethod
+    def _take_back(table: _Table, recorded: int) -> bool:
+        """Undoes commits of rows that came after version `recorded`; tells whether there were any."""
+        if not recorded:
+            recorded = 1
+        later = range(recorded + 1, table.at.version + 1)
+        if not any(table.properties(v).get("kind") == "rows" for v in later):
+            return False
+        old = {
+            f.fragment_id: f.metadata
+            for f in lance.dataset(
+                table.at.uri,
+                version=recorded,
+                storage_options=storage.lance_options(table.at.uri),
+            ).get_fragments()
+        }
+        new = {f.fragment_id: f.metadata for f in table.at.get_fragments()}
+        table.commit(
+            LanceOperation.Update(
+                removed_fragment_ids=[i for i in new if i not in old],
+                updated_fragments=[m for i, m in old.items() if i in new and m != new[i]],
+                new_fragments=[m for i, m in old.items() if i not in new],
+            ),
+            kind="recovery",
+        )
+        return True
+
+    def _record(self) -> None:
+        """Says in `sources` that the other tables, as they are now, belong to it."""
+        self._tables["sources"].seal(**self._versions())
+
+    def _versions(self) -> dict[str, str]:
+        return {n: str(self._tables[n].at.version) for n in ("clips", "keyframes")} | {
+            "run": self.run_id
+        }
+
+    def table(self, name: str) -> lance.LanceDataset:
+        """A table as of this driver's last commit."""
+        return self._tables[name].at
+
+    def commit(
+        self,
+        *,
+        sources: pa.Table,
+        clips: pa.Table | None = None,
+        keyframes: Iterable[FragmentMetadata] = (),
+        replaces: Sequence[str] = (),
+        in_tables: Sequence[str] = _DATA_TABLES,
+    ) -> None:
+        """Adds a unit of work, in place of what is there of the same sources.
+
+        Args:
+            sources: Rows with the schema `SOURCES`.
+            clips: Rows with the schema `CLIPS`, of those sources.
+            keyframes: Fragments that workers wrote with `write_rows`.
+            replaces: source_ids whose rows go.
+            in_tables: Tables in which they go.
+        """
+        new = {
+            "keyframes": list(keyframes),
+            "clips": self._fragments("clips", clips),
+            "sources": self._fragments("sources", sources),
+        }
+        for name in _DATA_TABLES:
+            table = self._tables[name]
+            going = replaces if name in in_tables else ()
+            changed, emptied = table.without("source_id", going)
+            properties = {"kind": "rows"} | (self._versions() if name == "sources" else {})
+            if changed or emptied:
+                operation = LanceOperation.Update(
+                    removed_fragment_ids=emptied,
+                    updated_fragments=changed,
+                    new_fragments=new[name],
+                )
+            elif new[name] or name == "sources":
+                operation = LanceOperation.Append(new[name])
+            else:
+                continue
+            table.commit(operation, **properties)
+        self._compact()
+
+    def _fragments(self, name: str, rows: pa.Table | None) -> list[FragmentMetadata]:
+        return write_rows(self.root, name, rows) if rows is not None and rows.num_rows else []
+
+    def publish(self, stages: Sequence[Stage]) -> int:
+        """Judges every clip by its stored columns and publishes the verdicts in one commit.
+
+        Returns:
+            How many clips changed their verdict.
+        """
+        table = self._tables["clips"]
+        updates, fields, num_changed = [], [], 0
+        reads = columns_read(stages)
+        for fragment in table.at.get_fragments():
+            rows = fragment.to_table(
+                columns=list(dict.fromkeys([*reads, *VERDICT.names])), with_row_id=True
+            )
+            verdicts = judge(rows, stages)
+            changed = _rows_that_differ(rows.select(VERDICT.names), verdicts)
+            if changed:
+                num_changed += changed
+                found = verdicts.add_column(0, "_rowid", rows["_rowid"])
+                updated, fields = fragment.update_columns(found, left_on="_rowid", right_on="_rowid")
+                updates.append(updated)
+        if updates:
+            table.commit(
+                LanceOperation.Update(
+                    updated_fragments=updates, fields_modified=fields, update_mode="rewrite_columns"
+                ),
+                kind="verdicts",
+            )
+            self._record()
+        return num_changed
+
+    def add_run(self, row: dict[str, Any]) -> None:
+        """Appends a row to `runs`."""
+        rows = pa.Table.from_pylist([row], schema=TABLES["runs"])
+        self._tables["runs"].commit(LanceOperation.Append(self._fragments("runs", rows)))
+        self._compact()
+
+    def _compact(self) -> None:
+        """Merges small fragments and forgets old versions, where there are many."""
+        compacted = False
+        for name, table in self._tables.items():
+            full = ROWS_PER_FRAGMENT.get(name, _FULL)
+            small = sum(f.metadata.num_rows < full for f in table.at.get_fragments())
+            if small < COMPACT_AT:
+                continue
+            try:
+                table.at.optimize.compact_files(target_rows_per_fragment=full)
+            except OSError as error:
+                if "conflict" not in str(error):
+                    raise
+                raise LeaseLost(f"{table.at.uri} was taken over by another run") from error
+            table.at.cleanup_old_versions(
+                retain_versions=KEPT_VERSIONS, error_if_tagged_old_versions=False
+            )
+            compacted = True
+        if compacted:
+            self._record()
+
+
+def write_rows(root: str, name: str, rows: pa.Table) -> list[FragmentMetadata]:
+    """Writes rows as files of a table that nobody sees before they are committed."""
+    uri = table_uri(root, name)
+    return write_fragments(
+        rows,
+        uri,
+        schema=TABLES[name],
+        max_rows_per_file=ROWS_PER_FRAGMENT.get(name, _FULL),
+        data_storage_version=STORAGE_VERSION,
+        storage_options=storage.lance_options(uri),
+    )
+
+
+def _rows_that_differ(old: pa.Table, new: pa.Table) -> int:
+    if old.equals(new):
+        return 0
+    differ = None
+    for name in new.column_names:
+        a, b = old[name].combine_chunks(), new[name].combine_chunks()
+        same = pa.compute.equal(a, b).fill_null(False)
+        same = pa.compute.or_(same, pa.compute.and_(a.is_null(), b.is_null()))
+        differ = pa.compute.invert(same) if differ is None else pa.compute.or_(differ, pa.compute.invert(same))
+    return pa.compute.sum(differ).as_py() or 0
+
+
+def _chunks(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

@@ -1,0 +1,230 @@
+"""What the commands share: arguments, errors in one line, paths, progress and the funnel."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import pyarrow.compute as pc
+
+from engine import storage
+from engine.accounts import Accounts
+from engine.operator import Stage
+from engine.tables import read
+from pipelines.recipes import RECIPES, Recipe
+
+PAPER_CLIP_S = 10.0
+"""Mean clip length that Mimir's appendix A reports: "each clip averaging about 10 seconds"."""
+
+BAD_INPUT, UNBALANCED, INTERRUPTED = 2, 1, 130
+
+err = Console(stderr=True)
+out = Console()
+T = TypeVar("T")
+
+
+def arguments(kind: Callable[..., T], description: str) -> T:
+    """The command line as a value of `kind`; a wrong one is one line and exit code 2."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = re.sub(r"[\u2500-\u257f]+", " ", said.getvalue())
+        fail(" ".join(words.split()).removeprefix("Parsing error "))
+
+
+def fail(message: str, code: int = BAD_INPUT) -> Any:
+    """Says what is wrong in one line, and ends the program."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def set_up_logging() -> None:
+    """Our own words on standard error, a line each."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is a Ctrl-C
+
+
+def recipe_named(name: str) -> Recipe:
+    """A recipe, or one line that lists those there are."""
+    if name not in RECIPES:
+        fail(f"there is no recipe {name!r}: choose one of {', '.join(sorted(RECIPES))}")
+    return RECIPES[name]
+
+
+def with_bounds(stages: Sequence[Stage], changes: Iterable[str]) -> tuple[Stage, ...]:
+    """The stages with other thresholds, each given as COLUMN.BOUND=VALUE, e.g. brightness.lo=0.3."""
+    for change in changes:
+        found = re.fullmatch(r"(\w+)\.(lo|hi|above)=(.+)", change)
+        if not found:
+            fail(f"--set {change}: write COLUMN.lo=VALUE, COLUMN.hi=VALUE or COLUMN.above=VALUE")
+        column, bound, text = found.groups()
+        try:
+            value = float(text)
+        except ValueError:
+            fail(f"--set {change}: {text!r} is not a number")
+        if not 0 <= value < float("inf"):
+            fail(f"--set {change}: a threshold is a finite number of 0 or more")
+        columns = [r.column for s in stages for r in s.rules]
+        if column not in columns:
+            fail(f"--set {change}: no rule reads {column!r}; rules read {', '.join(columns)}")
+        stages = [
+            dataclasses.replace(
+                stage,
+                rules=tuple(
+                    dataclasses.replace(rule, **{bound: value}) if rule.column == column else rule
+                    for rule in stage.rules
+                ),
+            )
+            for stage in stages
+        ]
+    return tuple(stages)
+
+
+def destination(dst: str) -> str:
+    """An absolute path or URI for what a run writes.
+
+    A job's working directory is Ray's temporary copy of what was submitted, and goes with it: a
+    relative path given there is taken below the user's home.
+    """
+    if storage.is_remote(dst):
+        return dst
+    inside_copy = "runtime_resources/working_dir_files" in str(Path.cwd())
+    if inside_copy and not Path(dst).expanduser().is_absolute():
+        return str(Path.home() / dst)
+    return storage.absolute(dst)
+
+
+class Watcher:
+    """Shows a run's progress: a live bar on a terminal, else a line now and then."""
+
+    def __init__(self, *, every_s: float = 10.0):
+        self.live = err.is_terminal
+        self.every_s, self._said = every_s, time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=err,
+            transient=True,
+        )
+
+    def __enter__(self) -> Watcher:
+        if self.live:
+            self._task = self._bar.add_task("planning", total=None, facts="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self._bar.stop()
+
+    def __call__(self, now: Any) -> None:
+        seconds = max(time.monotonic() - now.started, 1e-9)
+        facts = f"{now.clips} clips, {now.failed} failed, {now.frames / seconds:.0f} frames/s"
+        if now.parts:
+            facts += f", parts {now.parts_done}/{now.parts}"
+        if self.live:
+            self._bar.update(
+                self._task,
+                description=now.doing,
+                completed=now.done,
+                total=now.sources or None,
+                facts=facts,
+            )
+        elif time.monotonic() - self._said > self.every_s:
+            self._said = time.monotonic()
+            rate = now.done / seconds
+            left = f", {(now.sources - now.done) / rate:.0f} s left" if rate else ""
+            err.print(f"{now.doing}: {now.done}/{now.sources} sources, {facts}{left}", highlight=False)
+
+
+def funnel(accounts: Accounts, stages: Sequence[Stage], mean_kept_s: float | None) -> Table:
+    """The counts of a dataset as a table: what went in, what each rule took, what is left."""
+    sources, clips = accounts.sources, accounts.clips
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    table.add_column(justify="left")
+    beside = f"  ({sources['ignored']} other files ignored)" if sources["ignored"] else ""
+    table.add_row("sources", f"{sources['total']:,}", _states(sources, "done") + beside)
+    table.add_row("clips", f"{clips['total']:,}", "")
+    left = clips["total"]
+    placed: set[str] = set()
+    for stage in stages:
+        columns = {r.column for r in stage.rules}
+        reasons = {r: n for r, n in accounts.reasons.items() if _column_of(r) in columns}
+        for reason, count in reasons.items():
+            table.add_row(f"  {stage.name}", f"-{count:,}", reason)
+            left -= count
+        placed |= reasons.keys()
+    for reason in accounts.reasons.keys() - placed:
+        table.add_row("  other", f"-{accounts.reasons[reason]:,}", reason)
+    for state in ("failed", "duplicate", "pending"):
+        if clips[state]:
+            table.add_row(f"  {state}", f"-{clips[state]:,}", "")
+    share = f"{clips['kept'] / clips['total']:.0%} of clips" if clips["total"] else ""
+    length = f", {mean_kept_s:.1f} s on average (Mimir: about {PAPER_CLIP_S:.0f} s)"
+    table.add_row(
+        "[bold]kept", f"[bold]{clips['kept']:,}", share + (length if mean_kept_s is not None else "")
+    )
+    return table
+
+
+def mean_kept_s(root: str) -> float | None:
+    """Mean length of the kept clips, in seconds."""
+    kept = read(root, "clips").to_table(columns=["duration_s"], filter="kept")
+    return pc.mean(kept["duration_s"]).as_py()
+
+
+def show_failures(root: str, at_most: int = 10) -> None:
+    """The sources that could not be read, with the reason."""
+    failed = read(root, "sources").to_table(columns=["uri", "error"], filter="state = 'failed'")
+    rows = failed.sort_by("uri").slice(0, at_most).to_pylist()
+    for row in rows:
+        out.print(f"  failed: {row['uri']}: {row['error']}", highlight=False, soft_wrap=True, markup=False)
+    if failed.num_rows > at_most:
+        out.print(f"  … and {failed.num_rows - at_most} more")
+
+
+def _column_of(reason: str) -> str:
+    return re.split(r"[<>=]", reason)[0]
+
+
+def _states(counts: Mapping[str, int], *but_always: str) -> str:
+    states = {k: n for k, n in counts.items() if k not in ("total", "ignored")}
+    return ", ".join(f"{n:,} {k}" for k, n in states.items() if n or k in but_always)
+
+
+def print_json(value: Any) -> None:
+    """One object on standard output, and nothing else."""
+    print(json.dumps(value, default=str))

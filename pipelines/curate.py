@@ -1,0 +1,173 @@
+"""Raw video in, a Lance dataset out.
+
+    python pipelines/curate.py [RECIPE] --src FOLDER_GLOB_OR_MANIFEST --dst DATASET
+
+With no arguments it curates the sample corpus into ./out/demo. Run the same command again to go on
+after an interruption, to pick up new and changed files, or to apply other thresholds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from engine.curation import Curation, Options, Result
+from engine.session import connected
+from engine.sources import Listing, list_sources
+from engine.tables import DatasetError, LeaseLost, create
+from pipelines import cli
+from pipelines.recipes import Recipe
+from pipelines.versions import provenance
+
+DEMO_DST = "out/demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Curates videos into a Lance dataset."""
+
+    recipe: tyro.conf.Positional[str] = "classic"
+    """Which operators and rules: see pipelines/recipes.py."""
+    src: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")] = ()
+    """Folders, globs, files or manifests (txt, csv, jsonl, parquet, lance), local or s3://…"""
+    dst: str | None = None
+    """The dataset: made where it is missing, continued where it is there."""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN.BOUND=VALUE")] = ()
+    """Other thresholds, such as brightness.lo=0.3."""
+    shots: Literal["adaptive", "content", "threshold", "none"] = "adaptive"
+    """Shot detector; none cuts fixed spans."""
+    clip_seconds: float = 60.0
+    """Length of the fixed spans of --shots none."""
+    max_shot_s: float = 20.0
+    """Longer shots are split evenly."""
+    measure: Literal["survivors", "all"] = "survivors"
+    """Whether rejected clips are measured too."""
+    retry_failed: bool = False
+    """Try failures again that were final."""
+    verify: bool = False
+    """Hash every file, whatever its size and time stamp say."""
+    time_limit_s: float = 600.0
+    """Of reading one source, or one part of a long one."""
+    memory_limit_gib: float = 4.0
+    """Of reading one source, or one part of a long one."""
+    workers: int | None = None
+    """Processes that read; by default one a core of the cluster."""
+    lease_expiry_s: float = 60.0
+    """Silence after which another machine may take this dataset over."""
+    json: bool = False
+    """One JSON object on standard output, and nothing else."""
+
+
+def main() -> int:
+    """Curates as the command line says; gives the exit code."""
+    args = cli.arguments(Args, __doc__ or "")
+    cli.set_up_logging()
+    recipe = resolve(args)
+    try:
+        dst, listing = sources_of(args)
+        create(dst, recipe.name)
+        cli.err.print(f"{len(listing.sources)} sources to {dst}", highlight=False)
+        with cli.Watcher() as watch:
+            result = Curation(
+                dst,
+                recipe=recipe.name,
+                scan=recipe.scan,
+                stages=recipe.stages,
+                options=options(args),
+                connect=lambda: connected(args.workers),
+                watch=watch,
+                about=provenance(recipe, args.src),
+            ).run(listing)
+    except (DatasetError, ValueError) as error:
+        cli.fail(str(error))
+    except (LeaseLost, ConnectionError) as error:
+        cli.fail(str(error), code=cli.UNBALANCED)
+    except KeyboardInterrupt:
+        cli.fail("stopped before any work began", code=cli.INTERRUPTED)
+    show(result, recipe, as_json=args.json)
+    return exit_code(result)
+
+
+def resolve(args: Args) -> Recipe:
+    """The recipe with what the command line changes of it."""
+    for name in ("clip_seconds", "max_shot_s", "time_limit_s", "memory_limit_gib", "lease_expiry_s"):
+        if not getattr(args, name) > 0:
+            cli.fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: must be more than 0")
+    if args.workers is not None and args.workers < 1:
+        cli.fail(f"--workers {args.workers}: must be 1 or more")
+    recipe = cli.recipe_named(args.recipe).with_scan(
+        shots=args.shots, clip_seconds=args.clip_seconds, max_shot_s=args.max_shot_s
+    )
+    return Recipe(name=recipe.name, stages=cli.with_bounds(recipe.stages, args.set))
+
+
+def sources_of(args: Args) -> tuple[str, Listing]:
+    """Where to, and what from; the sample corpus where nothing is named."""
+    if args.src and args.dst is None:
+        cli.fail("--dst is missing: name the dataset to make or to continue, e.g. --dst out/mine")
+    dst = cli.destination(args.dst or DEMO_DST)
+    if args.src:
+        return dst, list_sources(args.src)
+    from pipelines.samples import make_samples
+
+    folder = Path(cli.destination(DEMO_DST)).with_name("samples")
+    cli.err.print(f"making the sample corpus in {folder}", highlight=False)
+    make_samples(folder)
+    return dst, list_sources(str(folder))
+
+
+def options(args: Args) -> Options:
+    """How the run goes about it."""
+    return Options(
+        measure_all=args.measure == "all",
+        retry_failed=args.retry_failed,
+        verify=args.verify,
+        time_limit_s=args.time_limit_s,
+        memory_limit_gib=args.memory_limit_gib,
+        lease_expiry_s=args.lease_expiry_s,
+        workers=args.workers,
+    )
+
+
+def show(result: Result, recipe: Recipe, *, as_json: bool) -> None:
+    """The funnel and the dataset's path, for a person or for a program."""
+    accounts = result.accounts
+    if as_json:
+        cli.print_json(
+            {"dataset": result.root, "run_id": result.run_id}
+            | accounts.as_dict()
+            | {"frames_decoded": result.frames_decoded, "seconds": round(result.seconds, 3)}
+        )
+    else:
+        rate = result.frames_decoded / max(result.seconds, 1e-9)
+        cli.out.print(cli.funnel(accounts, recipe.stages, cli.mean_kept_s(result.root)))
+        cli.show_failures(result.root)
+        cli.out.print(
+            f"{result.seconds:.1f} s, {result.frames_decoded:,} frames decoded, {rate:.0f} frames/s",
+            highlight=False,
+        )
+        cli.out.print(f"dataset: {result.root}", highlight=False, soft_wrap=True)
+    for fault in accounts.faults:
+        cli.err.print(f"does not balance: {fault}", highlight=False, soft_wrap=True)
+    if result.interrupted:
+        cli.err.print("stopped: what was done is committed. To go on, run the same command again.")
+
+
+def exit_code(result: Result) -> int:
+    """0 only when the accounts balance."""
+    if result.interrupted:
+        return cli.INTERRUPTED
+    return cli.UNBALANCED if result.accounts.faults else 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code) if code == cli.INTERRUPTED else sys.exit(code)
