@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint bench system-deps check-cv2 clean
+.PHONY: help setup demo test lint bench system-deps clean
 
 # "3.11.7 /usr/bin/python3.11" of the first interpreter that runs and is new enough. Its base
 # executable, so that a virtual environment which happens to be active does not become the base of ours.
@@ -79,9 +79,6 @@ $(ALL): pyproject.toml constraints.txt $(CREATED)
 	@echo "setup: installing all extras, PyTorch too, into .venv (minutes; log in .venv/install.log)"
 	@$(call install)
 	@touch $(DEMO) $@
-
-check-cv2:
-	@$(VENV_PYTHON) -c "$$CHECK_CV2"
 
 # The dependencies only: our packages are imported from this folder, as on a cluster where the
 # project was never installed.

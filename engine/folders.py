@@ -8,7 +8,7 @@ import stat as stat_bits
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from engine import storage
+from engine import storage, stores
 from engine.storage import Stat
 
 
@@ -95,8 +95,8 @@ def _scan(folder: str) -> Iterator[tuple[str, str, os.stat_result | None, str | 
 
 
 def _remote_listing(root: str, closed: Callable[[str], bool]) -> Iterator[Entry]:
-    fs, path = storage.store_of(root)
-    with storage.as_os_errors(root):
+    fs, path = stores.store_of(root)
+    with stores.as_os_errors(root):
         found = fs.find(path, detail=True)
     if not found and storage.kind(root) != "folder":
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), root)
@@ -110,7 +110,7 @@ def _remote_listing(root: str, closed: Callable[[str], bool]) -> Iterator[Entry]
         inside = next((i for i, folder in enumerate(folders) if closed(folder)), None)
         if inside is None:
             uri = f"{root.rstrip('/')}/{name.removeprefix(prefix)}"
-            yield Entry(uri, storage.stat_of_info(info))
+            yield Entry(uri, stores.stat_of(info))
             continue
         uri = storage.join(root, *folders[: inside + 1])
         if uri != last_closed:

@@ -30,7 +30,8 @@ def connected(workers: int | None = None) -> Iterator[str]:
         ConnectionError: `RAY_ADDRESS` names a cluster that does not answer.
     """
     address = _running()
-    _quiet()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         if address:
             ray.init(
@@ -39,6 +40,7 @@ def connected(workers: int | None = None) -> Iterator[str]:
                 logging_level="ERROR",
                 runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
             )
+            _quiet()
             yield f"Ray cluster at {address}"
         else:
             os.environ["PYTHONPATH"] = _python_path()  # what its workers inherit
@@ -50,6 +52,7 @@ def connected(workers: int | None = None) -> Iterator[str]:
                 logging_level="ERROR",
                 object_store_memory=OBJECT_STORE_BYTES,
             )
+            _quiet()
             yield f"Ray on this machine, {int(ray.cluster_resources()['CPU'])} cores"
     finally:
         ray.shutdown()
@@ -94,10 +97,8 @@ def _python_path() -> str:
 
 def _quiet() -> None:
     """Ray's own words go to its log files; ours are for the person at the terminal."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

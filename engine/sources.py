@@ -132,7 +132,8 @@ def _expand(src: str, ignored: set[str]) -> Iterator[_Named]:
     uri = storage.absolute(src)
     kind = storage.kind(uri)
     suffix = suffix_of(uri)
-    if suffix in SUFFIXES and (kind == "folder") == (suffix == ".lance") and kind:
+    manifests = {"folder": (".lance",), "file": tuple(s for s in SUFFIXES if s != ".lance")}
+    if kind and suffix in manifests[kind]:
         yield from _of_manifest(uri)
     elif kind == "folder":
         yield from _of_entries(src, uri, listing(uri, closed=is_media), ignored)
@@ -323,15 +324,15 @@ def _beside_of(
 
 
 def _read_sidecars(uri: str, sidecars: Sequence[Entry] | None) -> _Beside:
-    if sidecars is None:
-        names = [_stem(uri) + suffix for suffix in SIDECAR_SUFFIXES]
-        sidecars = [Entry(name, None) for name in names if storage.kind(name) == "file"]
+    names = [_stem(uri) + suffix for suffix in SIDECAR_SUFFIXES]
+    if sidecars is not None:
+        names = [entry.uri for entry in sidecars]
     captions: dict[str, str | None] = {}
     extra: dict[str, Any] = {}
-    for sidecar in sidecars:
+    for name in names:
         try:
-            text = _sidecar_text(sidecar.uri)
-            if suffix_of(sidecar.uri) == ".json":
+            text = storage.read_bytes(name, MAX_SIDECAR_BYTES).decode("utf-8-sig")
+            if suffix_of(name) == ".json":
                 extra = _json_object(text)
                 captions[".json"] = as_caption(extra.pop("caption", None))
             else:
@@ -339,16 +340,14 @@ def _read_sidecars(uri: str, sidecars: Sequence[Entry] | None) -> _Beside:
         except (ConnectionError, TimeoutError):
             raise
         except (OSError, ValueError) as e:
-            name = shown(posixpath.basename(sidecar.uri))
-            return _Beside(error=f"its caption in {name} cannot be read: {_reason(e)}")
+            absent = (FileNotFoundError, IsADirectoryError)
+            if storage.is_remote(name):
+                absent += (PermissionError,)  # S3's answer to those who may not list the bucket
+            if sidecars is None and isinstance(e, absent):
+                continue
+            file = shown(posixpath.basename(name))
+            return _Beside(error=f"its caption in {file} cannot be read: {_reason(e)}")
     return _Beside(captions.get(".txt") or captions.get(".json"), extra)
-
-
-def _sidecar_text(uri: str) -> str:
-    size = storage.stat(uri).size_bytes
-    if size is None or size > MAX_SIDECAR_BYTES:
-        raise ValueError(f"it may have {MAX_SIDECAR_BYTES} bytes, and has {size}")
-    return storage.read_bytes(uri).decode("utf-8-sig")
 
 
 def _json_object(text: str) -> dict[str, Any]:

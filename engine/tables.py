@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import lance
 import pyarrow as pa
+import pyarrow.compute as pc
 from lance import LanceOperation
 from lance.commit import CommitConflictError
 from lance.fragment import FragmentMetadata, LanceFragment, write_fragments
@@ -111,7 +113,6 @@ def create(root: str, recipe: str) -> None:
 
 
 def _create_table(uri: str, schema: pa.Schema) -> None:
-    options = storage.lance_options(uri)
     try:
         lance.write_dataset(
             schema.empty_table(),
@@ -119,15 +120,11 @@ def _create_table(uri: str, schema: pa.Schema) -> None:
             schema=schema,
             mode="create",
             data_storage_version=STORAGE_VERSION,
-            storage_options=options,
+            storage_options=storage.lance_options(uri),
         )
     except OSError as error:
         if "already exists" not in str(error):
             raise
-        table = lance.dataset(uri, storage_options=options)
-        lacking = [f for f in schema if f.name not in table.schema.names]
-        if lacking:  # made by an earlier version of this program: the new columns are null
-            table.add_columns(pa.schema(lacking))
 
 
 @dataclass(kw_only=True)
@@ -201,6 +198,10 @@ class Writer:
         for name in ("clips", "keyframes"):
             if self._take_back(self._tables[name], int(belonging.get(name, 0))):
                 recovered(f"took back rows of {name} that a dead run had not finished committing")
+        for name, table in self._tables.items():
+            lacking = [f for f in TABLES[name] if f.name not in table.at.schema.names]
+            if lacking:  # made by an earlier version of this program: the new columns are null
+                table.at.add_columns(pa.schema(lacking))
         self._record()
 
     def _seal(self, name: str, properties: dict[str, str]) -> None:
@@ -309,23 +310,17 @@ class Writer:
             How many clips changed their verdict.
         """
         table = self._tables["clips"]
-        updates, fields, num_changed = [], [], 0
-        reads = columns_read(stages)
-        for fragment in table.at.get_fragments():
-            rows = fragment.to_table(
-                columns=list(dict.fromkeys([*reads, *VERDICT.names])), with_row_id=True
-            )
-            verdicts = judge(rows, stages)
-            changed = _rows_that_differ(rows.select(VERDICT.names), verdicts)
-            if changed:
-                num_changed += changed
-                found = verdicts.add_column(0, "_rowid", rows["_rowid"])
-                updated, fields = fragment.update_columns(found, left_on="_rowid", right_on="_rowid")
-                updates.append(updated)
+        with ThreadPoolExecutor() as threads:  # Lance and Arrow work outside of Python's lock
+            judged = threads.map(lambda f: _judged(f, stages), table.at.get_fragments())
+            changes = [found for found in judged if found is not None]
+        updates = [updated for updated, _, _ in changes]
+        num_changed = sum(num for _, _, num in changes)
         if updates:
             table.commit(
                 LanceOperation.Update(
-                    updated_fragments=updates, fields_modified=fields, update_mode="rewrite_columns"
+                    updated_fragments=updates,
+                    fields_modified=changes[0][1],
+                    update_mode="rewrite_columns",
                 ),
                 kind="verdicts",
             )
@@ -373,16 +368,31 @@ def write_rows(root: str, name: str, rows: pa.Table) -> list[FragmentMetadata]:
     )
 
 
+def _judged(
+    fragment: LanceFragment, stages: Sequence[Stage]
+) -> tuple[FragmentMetadata, list[int], int] | None:
+    """A fragment with its verdicts of today, the fields written and how many rows changed."""
+    columns = dict.fromkeys([*columns_read(stages), *VERDICT.names])
+    rows = fragment.to_table(columns=list(columns), with_row_id=True)
+    verdicts = judge(rows, stages)
+    num_changed = _rows_that_differ(rows.select(VERDICT.names), verdicts)
+    if not num_changed:
+        return None
+    found = verdicts.add_column(0, "_rowid", rows["_rowid"])
+    updated, fields = fragment.update_columns(found, left_on="_rowid", right_on="_rowid")
+    return updated, fields, num_changed
+
+
 def _rows_that_differ(old: pa.Table, new: pa.Table) -> int:
     if old.equals(new):
         return 0
-    differ = None
+    differ = pa.scalar(False)
     for name in new.column_names:
         a, b = old[name].combine_chunks(), new[name].combine_chunks()
-        same = pa.compute.equal(a, b).fill_null(False)
-        same = pa.compute.or_(same, pa.compute.and_(a.is_null(), b.is_null()))
-        differ = pa.compute.invert(same) if differ is None else pa.compute.or_(differ, pa.compute.invert(same))
-    return pa.compute.sum(differ).as_py() or 0
+        both_null = pc.and_(pc.is_null(a), pc.is_null(b))
+        same = pc.or_(pc.fill_null(pc.equal(a, b), False), both_null)
+        differ = pc.or_(differ, pc.invert(same))
+    return pc.sum(differ).as_py()
 
 
 def _chunks(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -107,6 +107,25 @@ def test_what_is_installed_is_what_is_pinned() -> None:
         assert installed.public == pinned[name].public, f"{name}: run `make setup`"
 
 
+def imported_modules(path: Path) -> set[str]:
+    """Top-level names that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    plain = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+    named = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+    return {name.split(".")[0] for name in plain | named}
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    """What merely comes along with a dependency may go with its next version."""
+    declared = {canonicalize_name(requirement.name) for requirement in requirements()}
+    owners = importlib.metadata.packages_distributions()
+    for package in (*PACKAGES, "tests"):
+        for path in (ROOT / package).rglob("*.py"):
+            for module in imported_modules(path) & owners.keys():
+                owned_by = {canonicalize_name(name) for name in owners[module]}
+                assert owned_by & declared, f"{path.relative_to(ROOT)} imports {module}"
+
+
 def is_runnable(path: Path) -> bool:
     tests = (
         n.test

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pytest
 
-from engine import storage
+from engine import storage, stores
 from engine.folders import listing
 from engine.storage import Stat
 
@@ -37,7 +37,7 @@ def s3_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A new bucket, reached by the standard variables alone."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -45,11 +45,11 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    fs, _ = storage.store_of("s3://bucket")
+    fs, _ = stores.store_of("s3://bucket")
     if fs.exists("bucket"):
         fs.rm("bucket", recursive=True)
     fs.mkdir("bucket")
-    yield "s3://bucket"
+    return "s3://bucket"
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -133,10 +133,19 @@ def test_stat_tells_size_and_time_and_what_is_no_file(root: str) -> None:
     assert storage.exists_many(uris) == [True, False, True]
 
 
+def test_only_what_is_gone_counts_as_gone(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nowhere")
+    uris = [str(tmp_path / name) for name in ("file", "pipe", "link", "file/x", "nul\0")]
+    assert storage.exists_many(uris) == [True, True, False, False, False]
+    assert storage.exists_many(["nosuch://a/b.mp4"]) == [True]
+
+
 def test_stat_of_a_time_is_exact() -> None:
     info = {"size": 1, "mtime": datetime(2026, 1, 1, microsecond=123457)}
-    assert storage.stat_of_info(info) == Stat(1, 1767225600123457000, None)
-    assert storage.stat_of_info({"size": None, "type": "file"}) == Stat(None, None, None)
+    assert stores.stat_of(info) == Stat(1, 1767225600123457000, None)
+    assert stores.stat_of({"size": None, "type": "file"}) == Stat(None, None, None)
 
 
 def test_stat_never_opens_a_pipe(tmp_path: Path) -> None:
@@ -183,8 +192,8 @@ def test_an_object_replaced_while_open_is_an_error_not_a_mixture(s3: str) -> Non
     with storage.open_read(uri) as file:
         assert file.read(1) == b"a"
         storage.write_bytes(uri, b"b" * 9_000_000)
-        with pytest.raises(OSError):
-            file.seek(8_500_000)
+        file.seek(8_500_000)
+        with pytest.raises(OSError, match="no longer exists"):
             file.read(1)
 
 
@@ -200,10 +209,23 @@ def test_fetch_gives_a_path_and_leaves_nothing_behind(root: str) -> None:
 def test_fetch_refuses_what_is_too_large(s3: str) -> None:
     storage.write_bytes(f"{s3}/a.mp4", b"12345")
     with (
-        pytest.raises(ValueError, match="at most 4 bytes are fetched, and it has 5"),
+        pytest.raises(ValueError, match="at most 4 bytes are read, and it has 5"),
         storage.fetch(f"{s3}/a.mp4", max_bytes=4),
     ):
         pass
+
+
+def test_read_bytes_has_a_limit(root: str) -> None:
+    for size in (0, 4, 5):
+        uri = storage.join(root, str(size))
+        storage.write_bytes(uri, b"x" * size)
+        if size <= 4:
+            assert storage.read_bytes(uri, max_bytes=4) == b"x" * size
+        else:
+            with pytest.raises(ValueError, match="at most 4 bytes are read, and it has 5"):
+                storage.read_bytes(uri, max_bytes=4)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(storage.join(root, "missing"), max_bytes=4)
 
 
 def test_of_eight_racing_writers_exactly_one_wins(root: str) -> None:
@@ -234,11 +256,11 @@ def test_of_eight_racing_writers_exactly_one_wins(root: str) -> None:
 
 
 def test_put_if_absent_asks_s3_for_the_condition_itself(s3: str, s3_server: str) -> None:
-    """Seen from outside: S3's own answer to the second writer is 412, so nothing was looked up first."""
+    """S3's own answer to the second writer is 412, so nothing was looked up first."""
     from botocore.exceptions import ClientError
 
     assert storage.put_if_absent(f"{s3}/a", b"1")
-    fs, _ = storage.store_of(s3)
+    fs, _ = stores.store_of(s3)
     with pytest.raises((FileExistsError, ClientError)) as refused:
         fs.pipe_file("bucket/a", b"2", mode="create")
     assert refused.value.__cause__.response["ResponseMetadata"]["HTTPStatusCode"] == 412
@@ -289,7 +311,7 @@ def test_the_variables_alone_configure_fsspec_pyarrow_and_lance(s3: str) -> None
 WORKER = """
 import os, sys
 import lance, pyarrow.fs
-from engine import storage
+from engine import storage, stores
 os.environ.update({aws!r})
 root = "s3://bucket"
 fs, path = pyarrow.fs.FileSystem.from_uri(root)
@@ -352,7 +374,7 @@ def test_a_store_that_does_not_answer_is_a_connection_error(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    with pytest.raises(ConnectionError, match="s3://bucket/a.mp4"):
+    with pytest.raises(ConnectionError, match=r"s3://bucket/a\.mp4"):
         storage.stat(f"{s3}/a.mp4")
 
 

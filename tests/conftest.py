@@ -1,0 +1,274 @@
+"""What tests share: one Ray cluster for the session, the command line, the real videos."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+VIDEOS = REPOSITORY.parent / "shared" / "videos"
+sys.path[:0] = [str(Path(__file__).parent)]  # for helpers beside the tests
+
+
+@pytest.fixture(autouse=True)
+def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Anything that logs an error fails its test."""
+    yield
+    errors = [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR]
+    assert not errors
+
+
+@pytest.fixture(scope="session")
+def videos() -> Path:
+    """The folder of real clips beside the repository."""
+    if not VIDEOS.is_dir():
+        pytest.skip("the folder of real videos is not here")
+    return VIDEOS
+
+
+def tool(name: str) -> str:
+    """The path of a program that a test needs; in CI a missing one is a failure."""
+    found = shutil.which(name)
+    if not found:
+        assert not os.environ.get("CI"), f"{name} is missing: run make system-deps"
+        pytest.skip(f"{name} is not installed: run make system-deps")
+    return found
+
+
+def free_ports(num: int) -> list[int]:
+    """Ports that nobody listens on, all different."""
+    sockets = [socket.socket() for _ in range(num)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray cluster and the environment that reaches it."""
+
+    address: str
+    dashboard: str
+    env: dict[str, str]
+    repository: Path
+    """A copy of the code, where `ray start` ran."""
+    home: Path
+    """The home folder of its user."""
+
+    def job_env(self) -> dict[str, str]:
+        """For `ray job submit`."""
+        return self.env | {"RAY_API_SERVER_ADDRESS": self.dashboard}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """`ray start --head` with two cores, as a user would; shared by the whole session."""
+    folder = tempfile.mkdtemp(prefix="rw", dir="/tmp")  # short: it holds sockets
+    repository, home = Path(folder, "repository"), Path(folder, "home")
+    home.mkdir()
+    for name in ("engine", "pipelines"):  # as it lies on a cluster's machines, not installed
+        shutil.copytree(
+            REPOSITORY / name, repository / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    port, dashboard, client, listen, grpc, metrics = free_ports(6)
+    env = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    env.pop("RAY_ADDRESS", None)
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}",
+        f"--dashboard-agent-listen-port={listen}",
+        f"--dashboard-agent-grpc-port={grpc}",
+        f"--metrics-export-port={metrics}",
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=2",
+        "--object-store-memory=200000000",
+        f"--temp-dir={folder}",
+        "--disable-usage-stats",
+    ]
+    with open(Path(folder, "start.log"), "wb") as log:
+        process = subprocess.Popen(
+            command, env=env, stdout=log, stderr=log, cwd=repository, start_new_session=True
+        )
+    address = f"127.0.0.1:{port}"
+    try:
+        _wait_for_port(dashboard, process, Path(folder, "start.log"))
+        yield Cluster(
+            address,
+            f"http://127.0.0.1:{dashboard}",
+            env | {"RAY_ADDRESS": address},
+            repository,
+            home,
+        )
+    finally:
+        # not `ray stop`: that ends every cluster of this user on the machine
+        for one in psutil.process_iter(["cmdline"]):
+            if any(folder in part for part in one.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """Its standard output, which is one JSON object and nothing else."""
+        return json.loads(self.out)
+
+
+Run = Callable[..., Ran]
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    """The command line of a script of `pipelines/`."""
+    path = REPOSITORY / "pipelines" / f"{script}.py"
+    return [sys.executable, str(path), *map(str, arguments)]
+
+
+@pytest.fixture
+def run(cluster: Cluster) -> Run:
+    """Runs a command of the project on the session's cluster: run("curate", "--src", ...)."""
+
+    def call(
+        script: str,
+        *arguments: object,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        timeout_s: float = 300,
+    ) -> Ran:
+        done = subprocess.run(
+            command(script, *arguments),
+            cwd=cwd or REPOSITORY,
+            env=cluster.env | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def connection(cluster: Cluster) -> Iterator[None]:
+    """This process as a driver of the session's cluster."""
+    from engine.session import connected
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            patch.setenv(name, cluster.env[name])
+        with connected():
+            yield
+
+
+Curate = Callable[..., Any]
+
+
+@pytest.fixture
+def curate(connection: None) -> Curate:
+    """A whole run in this process: curate(src, dst, **options) gives its result."""
+    from engine.curation import Curation, Options
+    from engine.sources import list_sources
+    from engine.tables import create
+    from pipelines.cli import with_bounds
+    from pipelines.recipes import CLASSIC
+
+    def call(
+        src: object,
+        dst: object,
+        *,
+        bounds: tuple[str, ...] = (),
+        scan: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        recipe = CLASSIC.with_scan(**(scan or {}))
+        create(str(dst), recipe.name)
+        return Curation(
+            str(dst),
+            recipe=recipe.name,
+            scan=recipe.scan,
+            stages=with_bounds(recipe.stages, bounds),
+            options=Options(**options),
+            connect=contextlib.nullcontext,
+        ).run(list_sources([str(s) for s in src] if isinstance(src, list) else str(src)))
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample corpus."""
+    from pipelines.samples import make_samples
+
+    folder = tmp_path_factory.mktemp("samples")
+    make_samples(folder)
+    return folder
+
+
+VOLATILE = ("run_id", "mtime_ns", "frames_decoded")
+
+
+def rows(root: object, table: str, *, without: tuple[str, ...] = VOLATILE) -> list[dict[str, Any]]:
+    """All rows of a table of a dataset, in a fixed order, without what differs by run."""
+    from engine.tables import read
+
+    found = read(str(root), table)
+    names = [n for n in found.schema.names if n not in (*without, "jpeg")]
+    listed = found.to_table(columns=names).to_pylist()
+    if table == "keyframes":
+        blobs = found.take_blobs("jpeg", indices=list(range(len(listed))))
+        for row, blob in zip(listed, blobs, strict=True):
+            row["jpeg"] = blob.read()
+    key = {"sources": ("uri",), "clips": ("source_uri", "start_s", "end_s", "clip_id")}
+    return sorted(listed, key=lambda r: [r[k] for k in key.get(table, ("clip_id", "frame"))])
