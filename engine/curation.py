@@ -49,9 +49,8 @@ from engine.worker import (
 WAVE = 20_000
 """Units given to one Ray Data execution: its bookkeeping is per block, and must stay bounded."""
 BLOCKS = 2_000
-COMMIT_EVERY_S = 10.0
 COMMIT_AT = 64
-"""Outcomes that wait for a commit: what a death may cost is this many sources, or ten seconds."""
+"""Outcomes that wait for a commit at most: with `commit_every_s`, what a death may cost."""
 PUBLISH_EVERY_S = 600.0
 DEATHS_ALLOWED = 3
 
@@ -74,6 +73,7 @@ class Options:
     verify: bool = False
     time_limit_s: float = 600.0
     memory_limit_gib: float = 4.0
+    commit_every_s: float = 10.0
     lease_expiry_s: float = EXPIRY_S
     workers: int | None = None
 
@@ -338,7 +338,7 @@ class Curation:
             self.progress.parts += len(further)
         self.watch(self.progress)
         now = time.monotonic()
-        if len(self._uncommitted) >= COMMIT_AT or now - self._committed_at > COMMIT_EVERY_S:
+        if len(self._uncommitted) >= COMMIT_AT or self._is_due(now):
             self._commit()
         if now - self._published_at > PUBLISH_EVERY_S:
             self.writer.publish(self.stages)
@@ -382,10 +382,10 @@ class Curation:
         threading.Thread(target=self._feed, args=(units, found), daemon=True).start()
         while True:
             try:
-                item = found.get(timeout=1.0)
+                item = found.get(timeout=min(1.0, self.options.commit_every_s))
             except queue.Empty:
                 self.watch(self.progress)
-                if self._uncommitted and time.monotonic() - self._committed_at > COMMIT_EVERY_S:
+                if self._uncommitted and self._is_due(time.monotonic()):
                     self._commit()
                 continue
             if item is None:
@@ -422,8 +422,11 @@ class Curation:
             for row in pipeline.iter_rows():
                 found.put(row["outcome"])
             found.put(None)
-        except BaseException as error:  # the driver's thread raises it
+        except BaseException as error:  # noqa: BLE001 - the driver's thread raises it
             found.put(error)
+
+    def _is_due(self, now: float) -> bool:
+        return now - self._committed_at > self.options.commit_every_s
 
     def _commit(self) -> None:
         """Commits what has come, in one unit; keeps good rows where a re-read failed for now."""

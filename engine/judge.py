@@ -25,7 +25,7 @@ def columns_read(stages: Sequence[Stage]) -> list[str]:
 def judge(clips: pa.Table, stages: Sequence[Stage]) -> pa.Table:
     """Each row's one state, and the first thing that decided it, in the order of the stages.
 
-    A stage rejects by any value it knows; a row that passes so far, but lacks a value that the stage
+    A stage rejects by any value it knows; a row that passes so far, but lacks a value the stage
     needs, is failed where an error is recorded, and else pending: it was never measured.
 
     Args:
@@ -53,7 +53,10 @@ def judge(clips: pa.Table, stages: Sequence[Stage]) -> pa.Table:
                 state[out], cause[out], values[out] = _REJECTED, len(causes) - 1, found[out]
         unknown &= state == _UNDECIDED
         causes.append((stage.name, None, None))
-        state[unknown], cause[unknown] = np.where(errors[unknown], _FAILED, _PENDING), len(causes) - 1
+        state[unknown], cause[unknown] = (
+            np.where(errors[unknown], _FAILED, _PENDING),
+            len(causes) - 1,
+        )
 
     state[(state == _UNDECIDED) & errors] = _FAILED
     copies = pc.is_valid(clips["duplicate_of"]).to_numpy(zero_copy_only=False)
@@ -102,7 +105,7 @@ def container_reject(metadata: dict[str, float | None], stages: Sequence[Stage])
     """Whether a source's container alone makes sure that no clip of it can be kept.
 
     Args:
-        metadata: `num_frames`, `duration_s`, `aspect_ratio` of the whole source, None where unknown.
+        metadata: `num_frames`, `duration_s`, `aspect_ratio` of the whole source; None is unknown.
             A clip is at most as long as its source and has its aspect ratio.
         stages: Those of the recipe.
     """

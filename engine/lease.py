@@ -1,8 +1,8 @@
 """One driver a dataset: a lease with an owner and a heartbeat, the same on disk and object store.
 
 Each term of ownership is a numbered file that exactly one driver creates (put-if-absent), which it
-then touches while it lives. The next driver takes over at once when the owner released it or died on
-this machine, and else when the heartbeat has been silent for the stated expiry. The lease keeps
+then touches while it lives. The next driver takes over at once when the owner released it or died
+on this machine, and else when the heartbeat has been silent for the stated expiry. The lease keeps
 drivers politely apart; that a driver which lost it adds no row is the work of `engine.tables`.
 """
 
@@ -125,8 +125,8 @@ def _refuse_if_alive(root: str, uri: str, run_id: str) -> bool:
         return False
     raise DatasetError(
         f"{root} is in use by run {owner['run_id']} (process {owner['pid']} on {owner['host']}, "
-        f"last heard of {max(silent_s, 0):.0f} s ago): wait for it, stop it, or choose another --dst"
-        f" (it counts as gone after {owner['expiry_s']:.0f} s of silence)"
+        f"last heard of {max(silent_s, 0):.0f} s ago): wait for it, stop it, or choose another"
+        f" --dst (it counts as gone after {owner['expiry_s']:.0f} s of silence)"
     )
 
 

@@ -1,4 +1,4 @@
-"""The three concepts a curation is made of: an Operator measures, a Rule decides, a Stage joins them."""
+"""What a curation is made of: an Operator measures, a Rule decides, a Stage joins them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Operator(ABC):
 
     @abstractmethod
     def load(self) -> Callable[[pa.Table], pa.Table]:
-        """The function that measures: a table with `reads` in, one with `writes` out, row by row."""
+        """The function that measures: a table with `reads` in, one with `writes` out."""
 
     @property
     def fingerprint(self) -> str:
@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Keeps a row whose `column` lies in [lo, hi]; `above` is an open lower bound (value > above)."""
+    """Keeps a row whose `column` lies in [lo, hi]; `above` is a lower bound that is out itself."""
 
     column: str
     lo: float | None = None

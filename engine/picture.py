@@ -151,6 +151,9 @@ def _converted(picture: VideoFrame, size: tuple[int, int]) -> np.ndarray:
     if space == _UNSPECIFIED:  # what players assume
         space = Colorspace.ITU709 if picture.height > 576 else Colorspace.ITU601
     converted = picture.reformat(
-        *size, "bgr24", src_colorspace=space, interpolation="AREA" if size != (picture.width, picture.height) else "BICUBIC"
+        *size,
+        "bgr24",
+        src_colorspace=space,
+        interpolation="AREA" if size != (picture.width, picture.height) else "BICUBIC",
     )
     return converted.to_ndarray()

@@ -91,7 +91,7 @@ class Sandbox:
             return self._pipe
         self.close()
         ours, theirs = socket.socketpair()
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._child = subprocess.Popen(
             [
@@ -161,7 +161,7 @@ def _answer(function: Any, argument: Any) -> tuple[Any, ...]:
         return ("ok", function(argument))
     except MemoryError:
         return ("memory",)
-    except Exception as error:  # the row records it, whatever it is
+    except Exception as error:  # noqa: BLE001 - the row records it, whatever it is
         message = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         return ("error", type(error).__name__, message, is_transient(error))
 
@@ -169,4 +169,3 @@ def _answer(function: Any, argument: Any) -> tuple[Any, ...]:
 def is_transient(error: BaseException) -> bool:
     """Whether the failure may pass without a change of the file: network, rights, disk."""
     return isinstance(error, OSError) and not isinstance(error, ValueError)
-

@@ -116,7 +116,11 @@ class Boundaries:
     def push(self, frame: int, time_s: float, score: float | None) -> int | None:
         """The boundary that this frame settles, if any; `score` is None where it is not known."""
         if self._detector is not None:
-            return None if score is None else next(iter(self._detector.process_frame(frame, score)), None)
+            return (
+                None
+                if score is None
+                else next(iter(self._detector.process_frame(frame, score)), None)
+            )
         if self._shots == "threshold":
             assert score is not None
             state = float(score < int(self._level))  # the detector compares with an integer
@@ -132,7 +136,9 @@ def split_evenly(start_s: float, end_s: float, longest_s: float) -> list[float]:
     return [start_s + (end_s - start_s) * i / parts for i in range(parts)]
 
 
-def spans_of_shots(starts: Sequence[int], times_s: np.ndarray, end_s: float, longest_s: float) -> list[tuple[int, int]]:
+def spans_of_shots(
+    starts: Sequence[int], times_s: np.ndarray, end_s: float, longest_s: float
+) -> list[tuple[int, int]]:
     """First and next-after-last frames of clips: shots, the long ones split evenly.
 
     Args:

@@ -1,12 +1,12 @@
 """A dataset on disk: its tables, read by anyone, and changed by one driver through fenced commits.
 
 How a driver that lost its lease is kept from adding rows (two Lance appends from one version both
-land, so a lease alone cannot): whoever takes a dataset over first commits a *seal* on every table, a
-`Merge` that changes nothing. Lance lets no append, update, merge or compaction land that was begun
+land, so a lease alone cannot): whoever takes a dataset over first commits a *seal* on every table,
+a `Merge` that changes nothing. Lance lets no append, update, merge or compaction land that was begun
 before a `Merge`, so nothing of an earlier driver can, however late it wakes. Every later commit
 starts from the version that this driver made itself, and its manifest is written put-if-absent.
 
-A unit of work touches several tables. `sources` is committed last, and says in its transaction which
+A unit of work touches several tables. `sources` is committed last, and its transaction says which
 versions of the others belong to it: rows that a dead driver committed beyond those are taken back
 when the dataset is opened for writing again.
 """
@@ -209,7 +209,9 @@ class Writer:
         for attempt in range(5):
             table = self._tables[name]
             try:
-                table.seal(**(table.properties() if name == "sources" else properties | {"kind": "seal"}))
+                table.seal(
+                    **(table.properties() if name == "sources" else properties | {"kind": "seal"})
+                )
                 return
             except LeaseLost:
                 if attempt == 4:
@@ -221,7 +223,7 @@ class Writer:
 
     @staticmethod
     def _take_back(table: _Table, recorded: int) -> bool:
-        """Undoes commits of rows that came after version `recorded`; tells whether there were any."""
+        """Undoes commits of rows after version `recorded`; tells whether there were any."""
         if not recorded:
             recorded = 1
         later = range(recorded + 1, table.at.version + 1)

@@ -37,6 +37,8 @@ _FORMATS = (
 )
 _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 
+_MOST_FPS = 480  # above, the clock of the container was taken for a rate
+
 av.logging.set_level(None)  # what libav has to say comes back as an exception
 
 
@@ -107,6 +109,8 @@ class Video:
     size_bytes: int
     origin: Fraction
     """Seconds that players subtract from every time stamp."""
+    frames_decoded: int = 0
+    """Frames that came out of the decoder, wanted or not."""
 
     def seconds(self, pts: int) -> float:
         """When a time stamp is shown, from the start of the file."""
@@ -167,7 +171,7 @@ def probe(media: Media, *, max_pixels: int = MAX_PIXELS) -> Metadata:
         first = next(decode(video, max_pixels=max_pixels), None)
         if first is None:
             raise DamagedError("no frame could be decoded")
-        return _metadata(video, first.picture)
+        return metadata_of(video, first.picture)
 
 
 def decode(
@@ -195,6 +199,7 @@ def decode(
             if packet.is_corrupt:
                 raise TruncatedError(_at("truncated", last_s))
             for picture in packet.decode():
+                video.frames_decoded += 1
                 if picture.is_corrupt:
                     raise DamagedError(f"{_at('damaged', last_s)}: a frame is incomplete")
                 if picture.width * picture.height > max_pixels:
@@ -333,7 +338,8 @@ def _at(what: str, last_s: float | None) -> str:
     return f"{what} at the start" if last_s is None else f"{what} after {last_s:.2f} s"
 
 
-def _metadata(video: Video, first: VideoFrame) -> Metadata:
+def metadata_of(video: Video, first: VideoFrame) -> Metadata:
+    """What an open video and its first frame say."""
     stream, container = video.stream, video.container
     context = stream.codec_context
     num_streams = sum(not _is_cover(s) for s in container.streams.video)
@@ -351,7 +357,7 @@ def _metadata(video: Video, first: VideoFrame) -> Metadata:
         height_px=height,
         aspect_ratio=width / height,
         rotation_deg=rotation,
-        fps=float(rate) if rate else None,
+        fps=float(rate) if rate and rate <= _MOST_FPS else None,
         duration_s=duration,
         num_frames=stream.frames or None,
         bit_depth=max(c.bits for c in first.format.components),

@@ -24,8 +24,9 @@ from engine import storage
 from engine.judge import container_reject
 from engine.operator import Stage
 from engine.sandbox import Failed, Sandbox
-from engine.scan import Scan, Segment, SegmentScan, assemble, plan_segments, scan_segment
+from engine.scan import Scan, SegmentScan, assemble, plan_segments, scan_segment
 from engine.schema import CLIPS, KEYFRAMES, SOURCES
+from engine.segments import Segment
 from engine.sources import Source, Span
 from engine.tables import write_rows
 from engine.video import Metadata, probe

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow.compute as pc
 import tyro
 from rich.console import Console
 from rich.progress import (
@@ -26,8 +27,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-
-import pyarrow.compute as pc
 
 from engine import storage
 from engine.accounts import Accounts
@@ -78,7 +77,7 @@ def recipe_named(name: str) -> Recipe:
 
 
 def with_bounds(stages: Sequence[Stage], changes: Iterable[str]) -> tuple[Stage, ...]:
-    """The stages with other thresholds, each given as COLUMN.BOUND=VALUE, e.g. brightness.lo=0.3."""
+    """The stages with other thresholds, each as COLUMN.BOUND=VALUE, e.g. brightness.lo=0.3."""
     for change in changes:
         found = re.fullmatch(r"(\w+)\.(lo|hi|above)=(.+)", change)
         if not found:
@@ -149,6 +148,7 @@ class Watcher:
             self._bar.stop()
 
     def __call__(self, now: Any) -> None:
+        """Shows where the run is; `now` is an `engine.curation.Progress`."""
         seconds = max(time.monotonic() - now.started, 1e-9)
         facts = f"{now.clips} clips, {now.failed} failed, {now.frames / seconds:.0f} frames/s"
         if now.parts:
@@ -165,7 +165,9 @@ class Watcher:
             self._said = time.monotonic()
             rate = now.done / seconds
             left = f", {(now.sources - now.done) / rate:.0f} s left" if rate else ""
-            err.print(f"{now.doing}: {now.done}/{now.sources} sources, {facts}{left}", highlight=False)
+            err.print(
+                f"{now.doing}: {now.done}/{now.sources} sources, {facts}{left}", highlight=False
+            )
 
 
 def funnel(accounts: Accounts, stages: Sequence[Stage], mean_kept_s: float | None) -> Table:
@@ -195,7 +197,9 @@ def funnel(accounts: Accounts, stages: Sequence[Stage], mean_kept_s: float | Non
     share = f"{clips['kept'] / clips['total']:.0%} of clips" if clips["total"] else ""
     length = f", {mean_kept_s:.1f} s on average (Mimir: about {PAPER_CLIP_S:.0f} s)"
     table.add_row(
-        "[bold]kept", f"[bold]{clips['kept']:,}", share + (length if mean_kept_s is not None else "")
+        "[bold]kept",
+        f"[bold]{clips['kept']:,}",
+        share + (length if mean_kept_s is not None else ""),
     )
     return table
 
@@ -211,7 +215,9 @@ def show_failures(root: str, at_most: int = 10) -> None:
     failed = read(root, "sources").to_table(columns=["uri", "error"], filter="state = 'failed'")
     rows = failed.sort_by("uri").slice(0, at_most).to_pylist()
     for row in rows:
-        out.print(f"  failed: {row['uri']}: {row['error']}", highlight=False, soft_wrap=True, markup=False)
+        out.print(
+            f"  failed: {row['uri']}: {row['error']}", highlight=False, soft_wrap=True, markup=False
+        )
     if failed.num_rows > at_most:
         out.print(f"  … and {failed.num_rows - at_most} more")
 

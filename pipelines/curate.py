@@ -27,6 +27,9 @@ from pipelines.recipes import Recipe
 from pipelines.versions import provenance
 
 DEMO_DST = "out/demo"
+POSITIVE = (
+    "clip_seconds max_shot_s time_limit_s memory_limit_gib commit_every_s lease_expiry_s".split()
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,8 @@ class Args:
     """Of reading one source, or one part of a long one."""
     workers: int | None = None
     """Processes that read; by default one a core of the cluster."""
+    commit_every_s: float = 10.0
+    """What a death may cost."""
     lease_expiry_s: float = 60.0
     """Silence after which another machine may take this dataset over."""
     json: bool = False
@@ -97,7 +102,7 @@ def main() -> int:
 
 def resolve(args: Args) -> Recipe:
     """The recipe with what the command line changes of it."""
-    for name in ("clip_seconds", "max_shot_s", "time_limit_s", "memory_limit_gib", "lease_expiry_s"):
+    for name in POSITIVE:
         if not getattr(args, name) > 0:
             cli.fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: must be more than 0")
     if args.workers is not None and args.workers < 1:
@@ -131,6 +136,7 @@ def options(args: Args) -> Options:
         verify=args.verify,
         time_limit_s=args.time_limit_s,
         memory_limit_gib=args.memory_limit_gib,
+        commit_every_s=args.commit_every_s,
         lease_expiry_s=args.lease_expiry_s,
         workers=args.workers,
     )
@@ -150,7 +156,7 @@ def show(result: Result, recipe: Recipe, *, as_json: bool) -> None:
         cli.out.print(cli.funnel(accounts, recipe.stages, cli.mean_kept_s(result.root)))
         cli.show_failures(result.root)
         cli.out.print(
-            f"{result.seconds:.1f} s, {result.frames_decoded:,} frames decoded, {rate:.0f} frames/s",
+            f"{result.seconds:.1f} s, {result.frames_decoded:,} frames, {rate:.0f} frames/s",
             highlight=False,
         )
         cli.out.print(f"dataset: {result.root}", highlight=False, soft_wrap=True)

@@ -1,8 +1,8 @@
 """What is in a dataset: its funnel, one clip's whole record, or the rejects nearest to a threshold.
 
-    python pipelines/report.py DATASET
-    python pipelines/report.py DATASET --clip CLIP_ID
-    python pipelines/report.py DATASET --near brightness
+python pipelines/report.py DATASET
+python pipelines/report.py DATASET --clip CLIP_ID
+python pipelines/report.py DATASET --near brightness
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def clip_record(root: str, clip_id: str) -> dict[str, Any]:
     rows = read(root, "clips").to_table(filter=f"clip_id LIKE '{escaped}%'").to_pylist()
     if len(rows) != 1:
         raise ValueError(
-            f"{len(rows)} clips have an id that begins with {clip_id!r}: give the whole id of one, as "
-            "in the column clip_id"
+            f"{len(rows)} clips have an id that begins with {clip_id!r}: give the whole id of one"
         )
     clip = rows[0]
     of = f"source_id = '{clip['source_id']}'"
     source = read(root, "sources").to_table(filter=of).to_pylist()[0]
     keyframes = read(root, "keyframes").to_table(
-        columns=["frame", "time_s", "width_px", "height_px"], filter=f"clip_id = '{clip['clip_id']}'"
+        columns=["frame", "time_s", "width_px", "height_px"],
+        filter=f"clip_id = '{clip['clip_id']}'",
     )
     return clip | {
         "source": source,
@@ -95,7 +95,9 @@ def nearest(root: str, column: str, num: int) -> pa.Table:
         ValueError: No rejected clip names that column.
     """
     names = ["clip_id", "source_uri", "start_s", "end_s", "reason", "rule_value", "rule_bound"]
-    rejected = read(root, "clips").to_table(columns=[*names, "rule_column"], filter="state = 'rejected'")
+    rejected = read(root, "clips").to_table(
+        columns=[*names, "rule_column"], filter="state = 'rejected'"
+    )
     found = rejected.filter(pc.equal(rejected["rule_column"], column))
     if not found.num_rows:
         there = sorted(set(rejected["rule_column"].to_pylist()))

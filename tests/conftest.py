@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 VIDEOS = REPOSITORY.parent / "shared" / "videos"
 sys.path[:0] = [str(Path(__file__).parent)]  # for helpers beside the tests
+# Ray reads these once, when it is imported.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +93,6 @@ def cluster() -> Iterator[Cluster]:
         )
     port, dashboard, client, listen, grpc, metrics = free_ports(6)
     env = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "HOME": str(home),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -206,8 +206,7 @@ def connection(cluster: Cluster) -> Iterator[None]:
     from engine.session import connected
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-            patch.setenv(name, cluster.env[name])
+        patch.setenv("RAY_ADDRESS", cluster.env["RAY_ADDRESS"])
         with connected():
             yield
 
@@ -272,3 +271,54 @@ def rows(root: object, table: str, *, without: tuple[str, ...] = VOLATILE) -> li
             row["jpeg"] = blob.read()
     key = {"sources": ("uri",), "clips": ("source_uri", "start_s", "end_s", "clip_id")}
     return sorted(listed, key=lambda r: [r[k] for k in key.get(table, ("clip_id", "frame"))])
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket of a local S3 server."""
+
+    uri: str
+    env: dict[str, str]
+
+    def put(self, key: str, data: bytes) -> None:
+        """Stores an object."""
+        import fsspec
+
+        fs = fsspec.filesystem("s3", endpoint_url=self.env["AWS_ENDPOINT_URL"])
+        fs.pipe_file(f"{self.uri.removeprefix('s3://')}/{key}", data)
+
+    def on(self, cluster: Cluster) -> Cluster:
+        """The cluster as seen by a driver that reaches this bucket."""
+        return replace(cluster, env=cluster.env | self.env)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """An empty bucket, reached by the standard AWS variables alone."""
+    import boto3
+
+    (port,) = free_ports(1)
+    env = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    server = subprocess.Popen(
+        [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.1)
+        boto3.client("s3").create_bucket(Bucket="reel")
+        yield Bucket("s3://reel", env)
+    finally:
+        server.kill()
+        server.wait()

@@ -80,7 +80,8 @@ def test_every_row_has_the_columns_that_the_design_names(finished: dict) -> None
     names = (
         "clip_id source_id source_uri start_s end_s start_frame num_frames fps width_px height_px "
         "duration_s aspect_ratio codec motion_score black_area_frac brightness black_frame_frac "
-        "aesthetic_score ocr_area_frac watermark_score overlay_score phash caption caption_original "
+        "aesthetic_score ocr_area_frac watermark_score overlay_score phash caption "
+        "caption_original "
         "repetition_2gram repetition_5gram repetition_10gram clip_score state kept stage reason "
         "rule_column rule_value rule_bound error_type error duplicate_of"
     ).split()
@@ -110,9 +111,7 @@ def test_each_measured_clip_has_its_keyframes_within_its_span(finished: dict) ->
             assert min(row["width_px"], row["height_px"]) <= 448
 
 
-def test_running_again_reads_no_media_bytes(
-    samples: Path, tmp_path: Path, curate: Curate
-) -> None:
+def test_running_again_reads_no_media_bytes(samples: Path, tmp_path: Path, curate: Curate) -> None:
     src = Path(shutil.copytree(samples, tmp_path / "src"))
     first = curate(src, tmp_path / "set")
     before = {t: rows(tmp_path / "set", t) for t in ("sources", "clips", "keyframes")}
@@ -336,9 +335,7 @@ def test_bad_input_is_one_line_that_says_what_to_do_and_exit_code_2(
 
 
 @pytest.mark.parametrize("script", ["refilter", "report"])
-def test_a_folder_without_a_dataset_is_one_line_too(
-    script: str, tmp_path: Path, run: Run
-) -> None:
+def test_a_folder_without_a_dataset_is_one_line_too(script: str, tmp_path: Path, run: Run) -> None:
     done = run(script, tmp_path)
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
 

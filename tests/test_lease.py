@@ -43,7 +43,10 @@ def root(tmp_path: Path) -> str:
 
 
 def test_a_second_driver_is_refused_and_told_who_has_it(root: str) -> None:
-    with Lease(root, "one"), pytest.raises(DatasetError, match=r"in use by run one .process \d+ on"):
+    with (
+        Lease(root, "one"),
+        pytest.raises(DatasetError, match=r"in use by run one .process \d+ on"),
+    ):
         Lease(root, "two").__enter__()
 
 

@@ -66,7 +66,7 @@ def test_too_much_memory_is_a_failure_that_says_so(sandbox: Sandbox) -> None:
 
 
 def test_a_crash_is_tried_once_more_then_recorded(sandbox: Sandbox, tmp_path: Path) -> None:
-    with pytest.raises(Failed, match="died twice .*SIGSEGV"):
+    with pytest.raises(Failed, match=r"died twice .*SIGSEGV"):
         sandbox.call(("crash", str(tmp_path / "always"), 9))
     assert (tmp_path / "always").read_text() == "xx"
     assert sandbox.call(("crash", str(tmp_path / "once"), 1)) == "alive"

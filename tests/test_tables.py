@@ -63,8 +63,10 @@ def keyframes(root: str, *names: str) -> list:
         "height_px": [4] * len(names),
         "jpeg": lance.blob_array([n.encode() * 100 for n in names]),
     }
-    table = pa.table([pa.array(rows[f.name], f.type) if f.name != "jpeg" else rows["jpeg"]
-                      for f in KEYFRAMES], schema=KEYFRAMES)
+    table = pa.table(
+        [pa.array(rows[f.name], f.type) if f.name != "jpeg" else rows["jpeg"] for f in KEYFRAMES],
+        schema=KEYFRAMES,
+    )
     return write_rows(root, "keyframes", table)
 
 
@@ -220,9 +222,7 @@ def test_many_commits_are_compacted_and_lose_nothing(root: str) -> None:
     table = read(root, "keyframes")
     ids = table.to_table(columns=["clip_id"])["clip_id"].to_pylist()
     blobs = [b.read() for b in table.take_blobs("jpeg", indices=list(range(len(ids))))]
-    assert {i: b for i, b in zip(ids, blobs, strict=True)} == {
-        f"{n}-0": n.encode() * 100 for n in names
-    }
+    assert dict(zip(ids, blobs, strict=True)) == {f"{n}-0": n.encode() * 100 for n in names}
     unit(Writer(root, "next"), "after")
     assert balance(lambda name: read(root, name), None).faults == (
         "150 clip(s) pending: run the same command again",

@@ -1,0 +1,151 @@
+"""Where a long source can be cut into parts that decode exactly as the whole does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from av.packet import Packet
+
+from engine.video import Media, Video, VideoError, decode, open_video
+
+_CONTAINERS = ("mov", "matroska")
+_CODECS = ("h264", "hevc", "vp8", "vp9", "av1")
+_REFERENCE_RATE = 1280 * 720 * 30  # px/s
+_SHORTEST_S, _LONGEST_S = 30.0, 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A part of a source: frames from `start_pts` until before `stop_pts`. By default, all."""
+
+    index: int = 0
+    start_pts: int | None = None
+    """Time stamp of a key packet; None: from the first frame."""
+    stop_pts: int | None = None
+    """None: to the last frame."""
+    seek_ts: int | None = None
+    """Decoding time stamp of the key packet."""
+
+
+def plan(media: Media, segment_s: float, max_pixels: int) -> tuple[Segment, ...]:
+    """The parts of a source; one where it is short, or where a cut could change what is decoded."""
+    with open_video(media, max_pixels=max_pixels) as video:
+        length_s = _length(video, segment_s)
+        claimed = video.container.duration
+        codec = video.stream.codec_context.codec.canonical_name
+        if (
+            video.family not in _CONTAINERS
+            or codec not in _CODECS
+            or not claimed
+            or claimed / 1e6 < 1.5 * length_s
+        ):
+            return (Segment(),)
+        found = _key_packets(video, length_s)
+    # Each in a file of its own: a decoder that has seen other frames proves nothing.
+    splits = [key for key in found if _gives_picture(media, key, max_pixels)]
+    starts = [(None, None), *splits]
+    stops = [*(pts for pts, _ in splits), None]
+    return tuple(
+        Segment(index=i, start_pts=pts, stop_pts=stop, seek_ts=seek)
+        for i, ((pts, seek), stop) in enumerate(zip(starts, stops, strict=True))
+    )
+
+
+def _length(video: Video, segment_s: float) -> float:
+    """Length of a part in s: shorter where a second has more pixels."""
+    context = video.stream.codec_context
+    rate = min(float(video.stream.average_rate or 30), 240.0)
+    scale = _REFERENCE_RATE / max(1.0, context.width * context.height * rate)
+    low, high = (bound * segment_s / 300 for bound in (_SHORTEST_S, _LONGEST_S))
+    return min(high, max(low, segment_s * scale))
+
+
+def _key_packets(video: Video, length_s: float) -> list[tuple[int, int]]:
+    """pts and dts of the first key packet in each stretch of time at which decoding can start."""
+    stream = video.stream
+    assert stream.time_base is not None
+    length = round(length_s / stream.time_base)
+    found: list[tuple[int, int]] = []
+    first: int | None = None
+    latest = last = None
+    for packet in video.container.demux(stream):
+        if not packet.size:
+            continue
+        if packet.pts is None or packet.dts is None or packet.is_corrupt:
+            return []
+        first = packet.pts if first is None else first
+        due = first + (len(found) + 1) * length
+        # Frames shown earlier must all come earlier, or right after it and be cut off there.
+        if (
+            packet.is_keyframe
+            and packet.pts >= due
+            and latest is not None
+            and packet.pts > latest
+            and _is_exact(video, packet)
+        ):
+            skipped = (packet.pts - first) // length
+            found += [(packet.pts, packet.dts)] if skipped == len(found) + 1 else []
+            if skipped > len(found):  # no key packet in some stretch: it belongs to the one before
+                found.append((packet.pts, packet.dts))
+        latest = packet.pts if latest is None else max(latest, packet.pts)
+        last = latest
+    if found and last is not None and last - found[-1][0] < length // 2:
+        found.pop()
+    return found
+
+
+def _gives_picture(media: Media, key: tuple[int, int], max_pixels: int) -> bool:
+    """Whether decoding from a key packet begins with its own frame, whole."""
+    pts, seek_ts = key
+    with open_video(media, max_pixels=max_pixels) as video:
+        try:
+            first = next(decode(video, start_pts=pts, seek_ts=seek_ts, max_pixels=max_pixels), None)
+        except VideoError:
+            return False
+        return first is not None and first.pts == pts and first.picture.key_frame
+
+
+def _is_exact(video: Video, packet: Packet[Any]) -> bool:
+    """Whether nothing shown from this packet on refers to anything before it."""
+    if video.stream.codec_context.codec.canonical_name != "h264":
+        return True
+    return any(_is_clean_start(unit) for unit in _units(video, bytes(packet)))
+
+
+def _units(video: Video, data: bytes) -> list[bytes]:
+    """The NAL units of an H.264 packet, with lengths before them or start codes."""
+    extradata = video.stream.codec_context.extradata or b""
+    if len(extradata) < 7 or extradata[0] != 1:
+        return [unit for unit in data.replace(b"\0\0\0\1", b"\0\0\1").split(b"\0\0\1") if unit]
+    width = (extradata[4] & 3) + 1
+    units, at = [], 0
+    while at + width < len(data):
+        length = int.from_bytes(data[at : at + width], "big")
+        units.append(data[at + width : at + width + length])
+        at += width + length
+    return units
+
+
+def _is_clean_start(unit: bytes) -> bool:
+    """An IDR slice, or the message that decoding recovers, exactly, at this very frame."""
+    kind = unit[0] & 31 if unit else 0
+    if kind == 5:
+        return True
+    if kind != 6:
+        return False
+    at = 1
+    while at + 2 < len(unit):
+        payload, size = 0, 0
+        while at < len(unit) and unit[at] == 255:
+            payload, at = payload + 255, at + 1
+        payload, at = payload + unit[at], at + 1
+        while at < len(unit) and unit[at] == 255:
+            size, at = size + 255, at + 1
+        if at >= len(unit):
+            return False
+        size, at = size + unit[at], at + 1
+        if payload == 6 and at < len(unit):
+            return unit[at] & 0b11000000 == 0b11000000  # recovery_frame_cnt 0, exact_match_flag 1
+        at += size
+    return False
