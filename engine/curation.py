@@ -12,7 +12,8 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -49,10 +50,13 @@ from engine.worker import (
 WAVE = 20_000
 """Units given to one Ray Data execution: its bookkeeping is per block, and must stay bounded."""
 BLOCKS = 2_000
+HASH_HERE_BYTES = 256 * 2**20
+"""Up to so much is hashed by the driver: less than it takes to start workers."""
 COMMIT_AT = 64
 """Outcomes that wait for a commit at most: with `commit_every_s`, what a death may cost."""
 PUBLISH_EVERY_S = 600.0
 DEATHS_ALLOWED = 3
+STARVED_AFTER_S = 60.0
 
 _log = logging.getLogger(__name__)
 _LOST_WORKER = (
@@ -155,6 +159,7 @@ class Curation:
 
         Raises:
             DatasetError: The dataset is in use.
+            OSError: The dataset cannot be written any more, for one because the disk is full.
             LeaseLost: Another driver has taken over.
         """
         started, clock = datetime.now(UTC), time.monotonic()
@@ -253,12 +258,16 @@ class Curation:
     def _hash(self, plan: Plan) -> dict[str, str]:
         """Content hashes of what must be known before it is decided what to scan."""
         self.progress.sources, self.progress.doing = len(plan.to_hash), "hashing"
-        hashed = {}
-        for outcome in self._outcomes(plan.to_hash):
-            self.progress.done += 1
-            self.watch(self.progress)
-            if outcome.sha256:
-                hashed[outcome.unit.source.uri] = outcome.sha256
+        self.watch(self.progress)
+        if sum(u.source.size_bytes or 0 for u in plan.to_hash) <= HASH_HERE_BYTES:
+            hashed = _hash_here(u.source.uri for u in plan.to_hash)
+        else:
+            hashed = {}
+            for outcome in self._outcomes(plan.to_hash):
+                self.progress.done += 1
+                self.watch(self.progress)
+                if outcome.sha256:
+                    hashed[outcome.unit.source.uri] = outcome.sha256
         self.progress.done = 0
         return hashed
 
@@ -319,6 +328,8 @@ class Curation:
 
     def _take(self, outcome: Outcome, settled: set[str]) -> list[Unit]:
         """Counts an outcome and queues its rows; gives the units that it calls for."""
+        if outcome.unwritable:
+            raise OSError(outcome.unwritable)
         unit, uri = outcome.unit, outcome.unit.source.uri
         self.frames_decoded += outcome.frames_decoded
         self.progress.frames += outcome.frames_decoded
@@ -378,6 +389,7 @@ class Curation:
             return
         if not ray.is_initialized():
             _log.info("%s", self._connection.enter_context(self.connect()))
+        began, silent = time.monotonic(), True
         found: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._feed, args=(units, found), daemon=True).start()
         while True:
@@ -385,13 +397,23 @@ class Curation:
                 item = found.get(timeout=min(1.0, self.options.commit_every_s))
             except queue.Empty:
                 self.watch(self.progress)
+                if silent and time.monotonic() - began > STARVED_AFTER_S:
+                    silent = False
+                    free = ray.available_resources().get("CPU", 0)
+                    _log.warning(
+                        "nothing has come in %.0f s; %g CPUs of the cluster are free: if"
+                        " other work holds them, this run waits",
+                        STARVED_AFTER_S,
+                        free,
+                    )
                 if self._uncommitted and self._is_due(time.monotonic()):
                     self._commit()
                 continue
+            silent = False
             if item is None:
                 return
             if isinstance(item, BaseException):
-                if isinstance(item, _LOST_WORKER):
+                if isinstance(item, _LOST_WORKER) and "creation task" not in str(item):
                     _log.warning("a worker was lost: %s", str(item).splitlines()[0])
                     return
                 raise item
@@ -460,6 +482,19 @@ class Curation:
         assert unit.heir_of is not None
         row = _rows_of(self.writer.table("sources"), [source_id(unit.heir_of)]).to_pylist()[0]
         return row | {"state": "duplicate", "duplicate_of": unit.source_id, "num_clips": 0}
+
+
+def _hash_here(uris: Iterable[str]) -> dict[str, str]:
+    """Content hash by uri, of what can be read; the scan says what is wrong with the others."""
+
+    def hashed(uri: str) -> tuple[str, str | None]:
+        try:
+            return uri, storage.sha256(uri)
+        except OSError:
+            return uri, None
+
+    with ThreadPoolExecutor() as threads:
+        return {uri: sha256 for uri, sha256 in threads.map(hashed, uris) if sha256}
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:

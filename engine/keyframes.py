@@ -13,24 +13,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.picture import upright_jpeg
+from engine.picture import Upright
 from engine.video import Frame
 
 _MOST_HELD = 12
 _RECENT = 4  # a cut is known two frames late
 _HELD_BYTES = 16 * 2**20
 """Larger pictures are made keyframes at once: at most 12 of these and 4 of any size are in memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """How a keyframe looks."""
-
-    shown: tuple[int, int]
-    """Width and height of the video, upright with square pixels."""
-    rotation_deg: int
-    short_side_px: int
-    quality: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +46,10 @@ class Marks:
         """Whether one lies after the frame before (None: there is none), up to this one."""
         slot = math.floor(time_s / self.step_s - 0.5)
         last = -1 if before_s is None else math.floor(before_s / self.step_s - 0.5)
+        if slot > last or not len(self.more_s):
+            return slot > last
         low = 0 if before_s is None else np.searchsorted(self.more_s, before_s, "right")
-        return slot > last or bool(np.searchsorted(self.more_s, time_s, "right") > low)
+        return bool(np.searchsorted(self.more_s, time_s, "right") > low)
 
 
 @dataclass
@@ -80,7 +71,7 @@ class Keyframes:
         least: How many a shot must have, if it has as many frames.
     """
 
-    def __init__(self, look: Look, marks: Marks, least: int):
+    def __init__(self, look: Upright, marks: Marks, least: int):
         self._look, self._marks, self._least = look, marks, least
         self._found: dict[int, Keyframe] = {}
         self._recent: deque[tuple[int, Frame, bool]] = deque(maxlen=_RECENT)
@@ -139,7 +130,9 @@ class Keyframes:
         if marked:
             held.on_grid.append(index)
         enough = held.on_grid[self._least - 1 : self._least]
-        if enough and enough[0] <= index - _RECENT:  # the shot reaches there, whatever comes to light
+        if (
+            enough and enough[0] <= index - _RECENT
+        ):  # the shot reaches there, whatever comes to light
             self._held = None
             return
         if (index - held.start) % held.stride:
@@ -159,11 +152,12 @@ class Keyframes:
     def _encode(self, frame: Frame) -> Keyframe:
         if known := self._found.get(frame.pts):
             return known
-        look = self._look
-        width, height, jpeg = upright_jpeg(
-            frame.picture, look.shown, look.rotation_deg, look.short_side_px, look.quality
+        return Keyframe(
+            pts=frame.pts,
+            width_px=self._look.width_px,
+            height_px=self._look.height_px,
+            jpeg=self._look.jpeg(frame.picture),
         )
-        return Keyframe(pts=frame.pts, width_px=width, height_px=height, jpeg=jpeg)
 
 
 def choose(times_s: np.ndarray, start_s: float, end_s: float, wanted: int) -> list[int]:

@@ -69,8 +69,11 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if _newest_term(self.root) == self.term:
-            storage.write_bytes(self._uri, self._record(released=True))
+        try:
+            if _newest_term(self.root) == self.term:
+                storage.write_bytes(self._uri, self._record(released=True))
+        except OSError as error:  # then it ends with this process, or after its expiry
+            _log.warning("could not release %s: %s", self.root, error)
 
     def _record(self, *, released: bool = False) -> bytes:
         owner = {

@@ -11,7 +11,8 @@ from functools import lru_cache
 import cv2
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace
+from av.video.plane import VideoPlane
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from engine.video import is_full_range
 
@@ -19,6 +20,12 @@ cv2.setNumThreads(1)  # the pipeline runs one process a core
 
 _SEMI_PLANAR = {"nv12": False, "nv16": False, "nv24": False, "nv21": True, "nv42": True}
 _UNSPECIFIED = 2
+_TURNS = {
+    90: cv2.ROTATE_90_CLOCKWISE,
+    180: cv2.ROTATE_180,
+    270: cv2.ROTATE_90_COUNTERCLOCKWISE,
+}
+_WORD = np.dtype("<u2")
 
 
 def small_size(width: int, height: int, longer_side_px: int) -> tuple[int, int]:
@@ -30,74 +37,155 @@ def small_size(width: int, height: int, longer_side_px: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def luma(picture: VideoFrame, size: tuple[int, int]) -> np.ndarray:
-    """Full-range luma, uint8 (H, W), averaged down to `size` (width, height)."""
-    depth = _plane_depth(picture.format.name)
-    if not depth:
-        return cv2.cvtColor(_converted(picture, size), cv2.COLOR_BGR2GRAY)
-    small = _shrink(_plane(picture, 0, depth), size)
-    if depth > 8:
-        low, span = (0, (1 << depth) - 1) if is_full_range(picture) else _limited(depth)
-        return cv2.convertScaleAbs(cv2.subtract(small, float(low)), alpha=255 / span)
-    return small if is_full_range(picture) else cv2.LUT(small, _expand(219, 16))
+class Shrinker:
+    """Makes small pictures of the frames of one source, in buffers that it keeps.
 
-
-def colour(picture: VideoFrame, luma_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """BGR, uint8 (H, W, 3) of `size`, from `luma` and the chroma planes.
-
-    BT.601 whatever the source says: good for comparing neighbours, not for looking at.
+    Fresh memory for every step would cost as much as the arithmetic.
     """
-    name = picture.format.name
-    depth = _plane_depth(name)
-    if not depth:
-        return _converted(picture, size)
-    if name in _SEMI_PLANAR:
-        pair = _shrink(_plane(picture, 1, 8, channels=2), size)
-        blue, red = cv2.split(pair)[:: -1 if _SEMI_PLANAR[name] else 1]
-    else:
-        blue, red = (_shrink(_plane(picture, k, depth), size) for k in (1, 2))
-    if depth > 8:
-        blue, red = (cv2.convertScaleAbs(c, alpha=1 / (1 << depth - 8)) for c in (blue, red))
-    planes = cv2.merge((_shrink(luma_HW, size), red, blue))
-    if not is_full_range(picture):
-        planes[..., 1:] = cv2.LUT(planes[..., 1:], _expand(224, 128, 128))
-    return cv2.cvtColor(planes, cv2.COLOR_YCrCb2BGR)
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, int, int], np.ndarray] = {}
+        self._converter = Converter()
+
+    def luma(
+        self, picture: VideoFrame, size: tuple[int, int], out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Full-range luma, uint8 (H, W), averaged down to `size` (width, height), into `out`."""
+        depth = _plane_depth(picture.format.name)
+        if not depth:
+            return cv2.cvtColor(self._converter.bgr(picture, size), cv2.COLOR_BGR2GRAY, out)
+        full = is_full_range(picture)
+        if depth == 8 and full:
+            return self._shrink(_plane(picture.planes[0], 8), size, "y", out)
+        small = self._shrink(_plane(picture.planes[0], depth), size, "y")
+        low, span = (0, (1 << depth) - 1) if full else (16 << depth - 8, 219 << depth - 8)
+        if low:
+            small = cv2.subtract(small, float(low), self._buffer("y-", size, small.dtype))
+        return cv2.convertScaleAbs(small, out, 255 / span)
+
+    def colour(self, picture: VideoFrame, luma_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """BGR, uint8 (H, W, 3) of `size`, from `luma` and the chroma planes.
+
+        BT.601 whatever the source says: good for comparing neighbours, not for looking at.
+        """
+        name = picture.format.name
+        depth = _plane_depth(name)
+        if not depth:
+            return self._converter.bgr(picture, size)
+        planes = picture.planes
+        if name in _SEMI_PLANAR:
+            pair = self._shrink(_plane(planes[1], 8, channels=2), size, "uv")
+            blue, red = cv2.split(pair)[:: -1 if _SEMI_PLANAR[name] else 1]
+        else:
+            blue = self._shrink(_plane(planes[1], depth), size, "u")
+            red = self._shrink(_plane(planes[2], depth), size, "v")
+        # Limited range spans 224 of 255 levels around the middle.
+        span = 255 / (255 if is_full_range(picture) else 224)
+        scale, shift = span / (1 << depth - 8), 128 * (1 - span)
+        if scale != 1:
+            blue = cv2.convertScaleAbs(blue, self._buffer("b", size), scale, shift)
+            red = cv2.convertScaleAbs(red, self._buffer("r", size), scale, shift)
+        merged = self._buffer("ycc", (size[0], 3 * size[1])).reshape(size[1], size[0], 3)
+        cv2.merge((self._shrink(luma_HW, size, "l"), red, blue), merged)
+        return cv2.cvtColor(merged, cv2.COLOR_YCrCb2BGR)
+
+    def _shrink(
+        self, image: np.ndarray, size: tuple[int, int], role: str, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Averages down: exact halves first, for which OpenCV has fast code."""
+        height, width = image.shape[:2]
+        channels = image.shape[2] if image.ndim == 3 else 1
+        while width >= 2 * size[0] and height >= 2 * size[1] and not (width % 2 or height % 2):
+            width, height = width // 2, height // 2
+            last = (width, height) == size
+            target = out if last else None
+            if target is None and channels == 1:
+                target = self._buffer(role, (width, height), image.dtype)
+            image = cv2.resize(image, (width, height), target, interpolation=cv2.INTER_AREA)
+        if (width, height) == size:
+            if out is None or image is out:
+                return image
+            out[...] = image
+            return out
+        return cv2.resize(image, size, out, interpolation=cv2.INTER_AREA)
+
+    def _buffer(
+        self, role: str, size: tuple[int, int], dtype: np.typing.DTypeLike = np.uint8
+    ) -> np.ndarray:
+        key = (role, *size)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.dtype != dtype:
+            buffer = self._buffers[key] = np.empty((size[1], size[0]), dtype)
+        return buffer
 
 
-def upright_jpeg(
-    picture: VideoFrame, shown: tuple[int, int], rotation_deg: int, short_side_px: int, quality: int
-) -> tuple[int, int, bytes]:
-    """Width, height and JPEG of a frame as a player shows it.
+class Upright:
+    """Shows frames as a player does: upright, with square pixels, in the colours meant.
 
     HDR is not tone-mapped: such frames look flat.
 
     Args:
-        picture: As decoded.
         shown: Width and height of the video, upright with square pixels.
         rotation_deg: Clockwise turn that makes it upright.
-        short_side_px: Of the JPEG, unless the video is smaller.
-        quality: Of the JPEG, 1 to 100.
+        short_side_px: Of the result, unless the video is smaller.
+        quality: Of JPEGs, 1 to 100.
     """
-    scale = min(1.0, short_side_px / min(shown))
-    width, height = (max(1, round(side * scale)) for side in shown)
-    turned = (height, width) if rotation_deg % 180 else (width, height)
-    image = _converted(picture, turned)
-    if rotation_deg:
-        turn = {
-            90: cv2.ROTATE_90_CLOCKWISE,
-            180: cv2.ROTATE_180,
-            270: cv2.ROTATE_90_COUNTERCLOCKWISE,
-        }[rotation_deg]
-        image = cv2.rotate(image, turn)
-    done, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    assert done, "imencode refused an 8-bit BGR image"
-    return width, height, jpeg.tobytes()
+
+    def __init__(
+        self, shown: tuple[int, int], rotation_deg: int, short_side_px: int, quality: int = 90
+    ):
+        scale = min(1.0, short_side_px / min(shown))
+        self.width_px, self.height_px = (max(1, round(side * scale)) for side in shown)
+        self._rotation_deg, self._quality = rotation_deg, quality
+        self._converter = Converter()
+
+    def bgr(self, picture: VideoFrame) -> np.ndarray:
+        """Full-range BGR, uint8 (H, W, 3)."""
+        size = (self.width_px, self.height_px)
+        turned = size[::-1] if self._rotation_deg % 180 else size
+        image = self._converter.bgr(picture, turned)
+        return cv2.rotate(image, _TURNS[self._rotation_deg]) if self._rotation_deg else image
+
+    def jpeg(self, picture: VideoFrame) -> bytes:
+        """A JPEG file."""
+        quality = [cv2.IMWRITE_JPEG_QUALITY, self._quality]
+        done, data = cv2.imencode(".jpg", self.bgr(picture), quality)
+        assert done, "imencode refused an 8-bit BGR image"
+        return data.tobytes()
 
 
-def rgb(picture: VideoFrame, rotation_deg: int) -> np.ndarray:
-    """Full-size RGB, uint8 (H, W, 3), upright, with pixels as coded."""
-    image = _converted(picture, (picture.width, picture.height))[..., ::-1]
-    return np.ascontiguousarray(np.rot90(image, -rotation_deg // 90))
+class Converter:
+    """Converts the frames of one source to BGR, with swscale's tables made once."""
+
+    def __init__(self) -> None:
+        self._scaler, self._painter = VideoReformatter(), VideoReformatter()
+
+    def bgr(self, picture: VideoFrame, size: tuple[int, int]) -> np.ndarray:
+        """Full-range BGR, uint8 (H, W, 3), of `size` (width, height), not turned."""
+        space = picture.colorspace
+        if space == _UNSPECIFIED:  # what players assume
+            space = Colorspace.ITU709 if picture.height > 576 else Colorspace.ITU601
+        span = ColorRange.JPEG if is_full_range(picture) else ColorRange.MPEG
+        if size != (picture.width, picture.height) and _plane_depth(picture.format.name):
+            # JPEG halves chroma anyway; scaling in YUV takes half the time.
+            picture = self._scaler.reformat(
+                picture,
+                *size,
+                "yuv420p",
+                src_color_range=span,
+                dst_color_range=span,
+                interpolation="BILINEAR",
+            )
+        converted = self._painter.reformat(
+            picture,
+            *size,
+            "bgr24",
+            src_colorspace=space,
+            src_color_range=span,
+            dst_color_range=ColorRange.JPEG,
+            interpolation="BILINEAR",
+        )
+        return converted.to_ndarray()
 
 
 @lru_cache(maxsize=64)
@@ -114,46 +202,9 @@ def _plane_depth(name: str) -> int:
     return int(depth) if bits.endswith("le") and depth.isdigit() else 0
 
 
-def _plane(picture: VideoFrame, index: int, depth: int, channels: int = 1) -> np.ndarray:
+def _plane(plane: VideoPlane, depth: int, channels: int = 1) -> np.ndarray:
     """A view of a plane; lines are longer in memory than the picture is wide."""
-    plane = picture.planes[index]
-    dtype = np.uint8 if depth == 8 else np.dtype("<u2")
-    lines = np.frombuffer(plane, dtype).reshape(plane.height, -1)
-    view = lines[:, : plane.width * channels]
-    return view.reshape(plane.height, plane.width, channels) if channels > 1 else view
-
-
-def _shrink(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Averages down: exact halves first, for which OpenCV has fast code."""
-    height, width = image.shape[:2]
-    while width >= 2 * size[0] and height >= 2 * size[1] and not (width % 2 or height % 2):
-        width, height = width // 2, height // 2
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    if (width, height) == size:
-        return image
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-
-
-@lru_cache(maxsize=8)
-def _expand(span: int, low: int, zero: int = 0) -> np.ndarray:
-    """Look-up table from limited to full range, 8 bit."""
-    values = (np.arange(256) - low) * (255 / span) + zero
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
-
-
-def _limited(depth: int) -> tuple[int, int]:
-    return 16 << depth - 8, 219 << depth - 8
-
-
-def _converted(picture: VideoFrame, size: tuple[int, int]) -> np.ndarray:
-    """BGR, uint8 (H, W, 3), in the colours that a player shows."""
-    space = picture.colorspace
-    if space == _UNSPECIFIED:  # what players assume
-        space = Colorspace.ITU709 if picture.height > 576 else Colorspace.ITU601
-    converted = picture.reformat(
-        *size,
-        "bgr24",
-        src_colorspace=space,
-        interpolation="AREA" if size != (picture.width, picture.height) else "BICUBIC",
-    )
-    return converted.to_ndarray()
+    height, width = plane.height, plane.width
+    lines = np.frombuffer(plane, np.uint8 if depth == 8 else _WORD).reshape(height, -1)
+    view = lines[:, : width * channels]
+    return view.reshape(height, width, channels) if channels > 1 else view

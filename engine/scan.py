@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from engine.keyframes import Keyframes, Look, Marks, choose
+from engine.keyframes import Keyframes, Marks, choose
 from engine.operator import Operator
-from engine.picture import colour, luma, small_size
+from engine.picture import Shrinker, Upright, small_size
 from engine.segments import Segment, plan
 from engine.shots import (
     DETECTION_PX,
@@ -27,6 +27,7 @@ from engine.shots import (
     FrameScorer,
     Shots,
     cuts,
+    look_ahead,
     spans_of_shots,
 )
 from engine.signals import (
@@ -208,9 +209,7 @@ def plan_segments(media: Media, scan: Scan) -> tuple[Segment, ...]:
     return plan(media, scan.segment_s, scan.max_pixels)
 
 
-def scan_source(
-    media: Media, scan: Scan, spans: Spans = ()
-) -> tuple[Metadata, pa.Table, pa.Table]:
+def scan_source(media: Media, scan: Scan, spans: Spans = ()) -> tuple[Metadata, pa.Table, pa.Table]:
     """Metadata, clips and keyframes of a source, in one pass.
 
     Args:
@@ -235,9 +234,7 @@ def scan_segment(media: Media, scan: Scan, segment: Segment, spans: Spans = ()) 
     """
     with open_video(media, max_pixels=scan.max_pixels) as video:
         start = segment.start_pts
-        frames = decode(
-            video, start_pts=start, seek_ts=segment.seek_ts, max_pixels=scan.max_pixels
-        )
+        frames = decode(video, start_pts=start, seek_ts=segment.seek_ts, max_pixels=scan.max_pixels)
         first = next(frames, None)
         if first is None:
             raise DamagedError("no frame could be decoded")
@@ -254,16 +251,18 @@ class _Part:
     def __init__(self, scan: Scan, segment: Segment, metadata: Metadata, spans: Spans):
         self._segment = segment
         coded = (metadata.coded_width_px, metadata.coded_height_px)
+        self._shrinker = Shrinker()
         self._small = small_size(*coded, DETECTION_PX)
+        self._reach = look_ahead(scan.shots)
         self._scorer = self._boundaries = None
         if not spans:
             self._boundaries = Boundaries(scan.shots, scan.shot_threshold, scan.clip_seconds)
             self._scorer = None if scan.shots == "none" else FrameScorer(scan.shots)
-        look = Look(
-            shown=(metadata.width_px, metadata.height_px),
-            rotation_deg=metadata.rotation_deg,
-            short_side_px=scan.keyframe_short_side_px,
-            quality=scan.jpeg_quality,
+        look = Upright(
+            (metadata.width_px, metadata.height_px),
+            metadata.rotation_deg,
+            scan.keyframe_short_side_px,
+            scan.jpeg_quality,
         )
         self._keyframes = Keyframes(look, scan.marks(spans), scan.min_keyframes)
         self._signals = _Signals(scan.signals, small_size(*coded, LONGER_SIDE_PX))
@@ -291,23 +290,22 @@ class _Part:
     @property
     def _look_ahead(self) -> int:
         """Frames of the next part that settle the boundaries which are this part's to find."""
-        if self._boundaries is None or not self._boundaries.look_ahead:
+        if self._boundaries is None or not self._reach:
             return 0
-        return SETTLED_AFTER - 1 + self._boundaries.look_ahead
+        return SETTLED_AFTER - 1 + self._reach
 
     def _see(self, index: int, frame: Frame, before_s: float | None, after: int) -> None:
         begins_file = index == 0 and self._segment.index == 0
         ours = after <= 1 and (index > 0 or begins_file)
         wanted = after <= 1
-        image = None
+        image = score = None
         if wanted or self._scorer is not None:
-            image = self._signals.luma(frame)
-        score = None
+            slot = self._signals.slot(index, frame.time_s) if wanted else None
+            image = self._shrinker.luma(frame.picture, self._signals.size, slot)
         if self._scorer is not None and image is not None:
-            score = self._scorer.score(colour(frame.picture, image, self._small))
+            small = self._shrinker.colour(frame.picture, image, self._small)
+            score = self._scorer.score(small)
         if wanted:
-            assert image is not None
-            self._signals.add(index, frame.time_s, image)
             self._pts.append(frame.pts)
             self._times.append(frame.time_s)
             self._scores.append(math.nan if score is None else score)
@@ -320,7 +318,7 @@ class _Part:
         """Lets keyframes begin anew where a boundary is found that this part is to find."""
         if self._boundaries is None:
             return
-        if index == 0 and self._segment.index and self._boundaries.look_ahead:
+        if index == 0 and self._segment.index and self._reach:
             score = None  # it compares with a frame of the part before
         boundary = self._boundaries.push(index, time_s, score)
         if boundary is None or (self._segment.index and boundary < SETTLED_AFTER):
@@ -354,23 +352,19 @@ class _Signals:
     """Runs the signals on batches of small pictures, each with the last picture before it."""
 
     def __init__(self, signals: Sequence[FrameSignal], size: tuple[int, int]):
-        self._size = size
+        self.size = size
         self._functions = [(signal.writes, signal.load()) for signal in signals]
         self._images = np.empty((_BATCH + 1, size[1], size[0]), np.uint8)
         self._frames: list[tuple[int, float]] = []
         self._context = 0
         self._found: list[list[pa.Array]] = [[] for _ in signals]
 
-    def luma(self, frame: Frame) -> np.ndarray:
-        """The picture that signals see."""
-        return luma(frame.picture, self._size)
-
-    def add(self, index: int, time_s: float, image_HW: np.ndarray) -> None:
-        """Puts a frame into the batch."""
+    def slot(self, index: int, time_s: float) -> np.ndarray:
+        """Where the next frame's picture goes."""
         if len(self._frames) == len(self._images):
             self._measure()
-        self._images[len(self._frames)] = image_HW
         self._frames.append((index, time_s))
+        return self._images[len(self._frames) - 1]
 
     def columns(self) -> dict[str, pa.ChunkedArray]:
         """What the signals gave for every frame."""
@@ -415,9 +409,7 @@ def assemble(
         metadata, num_frames=len(times), duration_s=length_s, fps=_rate(metadata.fps, rate)
     )
     ranges = _ranges(scan, frames, times, end_s, spans)
-    rows = [
-        _clip(metadata, scan, frames, times, end_s, first, after) for first, after in ranges
-    ]
+    rows = [_clip(metadata, scan, frames, times, end_s, first, after) for first, after in ranges]
     for row, (first, after), span in zip(rows, ranges, spans, strict=bool(spans)):
         if first == after:
             row.update(_outside(span, end_s))
@@ -484,7 +476,9 @@ def _clip(
         "end_s": end,
         "start_frame": first,
         "num_frames": after - first,
-        "fps": _rate(metadata.fps, (after - first) / (end - start)) if end > start else metadata.fps,
+        "fps": _rate(metadata.fps, (after - first) / (end - start))
+        if end > start
+        else metadata.fps,
         "width_px": metadata.width_px,
         "height_px": metadata.height_px,
         "duration_s": end - start,

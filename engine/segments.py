@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from av.packet import Packet
+from av.video.frame import PictureType
 
 from engine.video import Media, Video, VideoError, decode, open_video
 
@@ -67,15 +68,14 @@ def _key_packets(video: Video, length_s: float) -> list[tuple[int, int]]:
     assert stream.time_base is not None
     length = round(length_s / stream.time_base)
     found: list[tuple[int, int]] = []
-    first: int | None = None
-    latest = last = None
+    due: int | None = None
+    latest: int | None = None
     for packet in video.container.demux(stream):
         if not packet.size:
             continue
-        if packet.pts is None or packet.dts is None or packet.is_corrupt:
+        if packet.pts is None or packet.is_corrupt:
             return []
-        first = packet.pts if first is None else first
-        due = first + (len(found) + 1) * length
+        due = packet.pts + length if due is None else due
         # Frames shown earlier must all come earlier, or right after it and be cut off there.
         if (
             packet.is_keyframe
@@ -84,13 +84,11 @@ def _key_packets(video: Video, length_s: float) -> list[tuple[int, int]]:
             and packet.pts > latest
             and _is_exact(video, packet)
         ):
-            skipped = (packet.pts - first) // length
-            found += [(packet.pts, packet.dts)] if skipped == len(found) + 1 else []
-            if skipped > len(found):  # no key packet in some stretch: it belongs to the one before
-                found.append((packet.pts, packet.dts))
+            # A file that has no decoding times is sought by those of showing.
+            found.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
+            due = packet.pts + length
         latest = packet.pts if latest is None else max(latest, packet.pts)
-        last = latest
-    if found and last is not None and last - found[-1][0] < length // 2:
+    if found and latest is not None and latest - found[-1][0] < length // 2:
         found.pop()
     return found
 
@@ -103,49 +101,28 @@ def _gives_picture(media: Media, key: tuple[int, int], max_pixels: int) -> bool:
             first = next(decode(video, start_pts=pts, seek_ts=seek_ts, max_pixels=max_pixels), None)
         except VideoError:
             return False
-        return first is not None and first.pts == pts and first.picture.key_frame
+        return first is not None and first.pts == pts and first.picture.pict_type == PictureType.I
 
 
 def _is_exact(video: Video, packet: Packet[Any]) -> bool:
-    """Whether nothing shown from this packet on refers to anything before it."""
+    """Whether nothing shown from this packet on refers to anything before it.
+
+    In H.264 only an IDR picture is sure to be such a place: after the others of an open GOP a strict
+    decoder misses the references that are listed, if never used.
+    """
     if video.stream.codec_context.codec.canonical_name != "h264":
         return True
-    return any(_is_clean_start(unit) for unit in _units(video, bytes(packet)))
+    return any(header & 31 == 5 for header in _unit_headers(video, bytes(packet)))
 
 
-def _units(video: Video, data: bytes) -> list[bytes]:
-    """The NAL units of an H.264 packet, with lengths before them or start codes."""
+def _unit_headers(video: Video, data: bytes) -> list[int]:
+    """First byte of each NAL unit of an H.264 packet, with lengths before them or start codes."""
     extradata = video.stream.codec_context.extradata or b""
     if len(extradata) < 7 or extradata[0] != 1:
-        return [unit for unit in data.replace(b"\0\0\0\1", b"\0\0\1").split(b"\0\0\1") if unit]
+        return [unit[0] for unit in data.split(b"\0\0\1")[1:] if unit]
     width = (extradata[4] & 3) + 1
-    units, at = [], 0
+    headers, at = [], 0
     while at + width < len(data):
-        length = int.from_bytes(data[at : at + width], "big")
-        units.append(data[at + width : at + width + length])
-        at += width + length
-    return units
-
-
-def _is_clean_start(unit: bytes) -> bool:
-    """An IDR slice, or the message that decoding recovers, exactly, at this very frame."""
-    kind = unit[0] & 31 if unit else 0
-    if kind == 5:
-        return True
-    if kind != 6:
-        return False
-    at = 1
-    while at + 2 < len(unit):
-        payload, size = 0, 0
-        while at < len(unit) and unit[at] == 255:
-            payload, at = payload + 255, at + 1
-        payload, at = payload + unit[at], at + 1
-        while at < len(unit) and unit[at] == 255:
-            size, at = size + 255, at + 1
-        if at >= len(unit):
-            return False
-        size, at = size + unit[at], at + 1
-        if payload == 6 and at < len(unit):
-            return unit[at] & 0b11000000 == 0b11000000  # recovery_frame_cnt 0, exact_match_flag 1
-        at += size
-    return False
+        headers.append(data[at + width])
+        at += width + int.from_bytes(data[at : at + width], "big")
+    return headers

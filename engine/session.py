@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -34,24 +37,26 @@ def connected(workers: int | None = None) -> Iterator[str]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         if address:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
-            )
+            with _without_stderr():
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+                )
             _quiet()
             yield f"Ray cluster at {address}"
         else:
             os.environ["PYTHONPATH"] = _python_path()  # what its workers inherit
-            ray.init(
-                address="local",
-                num_cpus=workers,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=OBJECT_STORE_BYTES,
-            )
+            with _without_stderr():
+                ray.init(
+                    address="local",
+                    num_cpus=workers,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    object_store_memory=OBJECT_STORE_BYTES,
+                )
             _quiet()
             yield f"Ray on this machine, {int(ray.cluster_resources()['CPU'])} cores"
     finally:
@@ -95,10 +100,26 @@ def _python_path() -> str:
     return os.pathsep.join([str(REPOSITORY), *(p for p in rest if p and p != str(REPOSITORY))])
 
 
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Without what Ray's core prints while it starts; what goes wrong there is raised, too."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _quiet() -> None:
     """Ray's own words go to its log files; ours are for the person at the terminal."""
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # how often an actor restarts has no named parameter yet
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -6,7 +6,8 @@ Scores are kept for each frame, so that a source that was scanned in parts is de
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import cv2
@@ -23,7 +24,6 @@ THRESHOLDS = {"adaptive": 3.0, "content": 27.0, "threshold": 12.0}
 
 SETTLED_AFTER = 3
 """A boundary at this frame of a part, or later, is found from the part's own scores."""
-_LOOK_AHEAD = 2
 
 
 class FrameScorer:
@@ -35,18 +35,17 @@ class FrameScorer:
 
     def __init__(self, shots: Shots):
         self._shots = shots
-        self._before: Sequence[np.ndarray] | None = None
+        self._before: np.ndarray | None = None
 
     def score(self, bgr_HW3: np.ndarray) -> float:
         """The score of the next frame, uint8 (H, W, 3)."""
         if self._shots == "threshold":
             return sum(cv2.mean(bgr_HW3)[:3]) / 3
-        planes = cv2.split(cv2.cvtColor(bgr_HW3, cv2.COLOR_BGR2HSV))
-        before, self._before = self._before, planes
+        hsv_HW3 = cv2.cvtColor(bgr_HW3, cv2.COLOR_BGR2HSV)
+        before, self._before = self._before, hsv_HW3
         if before is None:
             return 0.0
-        changes = (cv2.norm(p, q, cv2.NORM_L1) for p, q in zip(planes, before, strict=True))
-        return sum(changes) / (3 * planes[0].size)
+        return cv2.norm(hsv_HW3, before, cv2.NORM_L1) / hsv_HW3.size
 
 
 class _Scored:
@@ -64,14 +63,26 @@ class _Content(_Scored, ContentDetector):
     pass
 
 
-def detector(shots: Shots, threshold: float | None) -> Any:
-    """A detector whose `process_frame` takes a frame's number and score, and merges no shots."""
-    value = THRESHOLDS[shots] if threshold is None else threshold
-    if shots == "adaptive":
-        return _Adaptive(adaptive_threshold=value, min_scene_len=0, window_width=_LOOK_AHEAD)
+def _is_cut(shots: Shots, threshold: float, scores: Sequence[float]) -> bool:
+    """Whether the detector cuts at the middle one of an odd number of scores."""
+    middle = len(scores) // 2
+    if scores[middle] < _least_score(shots, threshold):
+        return False
     if shots == "content":
-        return _Content(threshold=value, min_scene_len=0)
-    return ThresholdDetector(threshold=value, min_scene_len=0)
+        decide: Any = _Content(threshold=threshold, min_scene_len=0)
+    else:
+        decide = _Adaptive(adaptive_threshold=threshold, min_scene_len=0, window_width=middle)
+    return any(middle in decide.process_frame(i, score) for i, score in enumerate(scores))
+
+
+def _least_score(shots: Shots, threshold: float) -> float:
+    """No frame below it is a cut: AdaptiveDetector's `min_content_val`, or the threshold."""
+    return threshold if shots == "content" else 15.0
+
+
+def look_ahead(shots: Shots) -> int:
+    """Frames after a boundary that must be seen before it is known."""
+    return 2 if shots == "adaptive" else 0
 
 
 def cuts(shots: Shots, threshold: float | None, scores: np.ndarray) -> list[int]:
@@ -84,16 +95,26 @@ def cuts(shots: Shots, threshold: float | None, scores: np.ndarray) -> list[int]
     """
     if shots == "none" or not len(scores):
         return []
-    found: Iterable[Any]
-    decide = detector(shots, threshold)
+    value = THRESHOLDS[shots] if threshold is None else threshold
     if shots == "threshold":
-        frames = [FrameTimecode(i, fps=25.0) for i in range(len(scores))]
-        # The detector takes numpy's mean of what it is given: a score is its own mean.
-        found = [c for t, s in zip(frames, scores, strict=True) for c in decide.process_frame(t, s)]
-        found = [c.frame_num for c in [*found, *decide.post_process(frames[-1])]]
-    else:
-        found = [c for i, s in enumerate(scores.tolist()) for c in decide.process_frame(i, s)]
-    return sorted({c for c in found if 0 < c < len(scores)})
+        return _fades(value, scores)
+    reach = look_ahead(shots)
+    if len(scores) <= 2 * reach:
+        return []
+    # Without a least length a detector decides from these few scores alone.
+    windows = np.lib.stride_tricks.sliding_window_view(scores, 2 * reach + 1)
+    likely = np.flatnonzero(scores[reach : len(scores) - reach] >= _least_score(shots, value))
+    found = [i + reach for i in likely.tolist() if _is_cut(shots, value, windows[i].tolist())]
+    return [cut for cut in found if cut > 0]
+
+
+def _fades(threshold: float, scores: np.ndarray) -> list[int]:
+    decide = ThresholdDetector(threshold=threshold, min_scene_len=0)
+    frames = [FrameTimecode(i, fps=25.0) for i in range(len(scores))]
+    # It takes numpy's mean of what it is given, and a score is its own mean.
+    found = [c for t, s in zip(frames, scores, strict=True) for c in decide.process_frame(t, s)]
+    found += decide.post_process(frames[-1])
+    return sorted({c.frame_num for c in found} - {0})
 
 
 class Boundaries:
@@ -104,29 +125,32 @@ class Boundaries:
 
     def __init__(self, shots: Shots, threshold: float | None, clip_seconds: float):
         self._shots, self._clip_seconds = shots, clip_seconds
-        self._level = THRESHOLDS["threshold"] if threshold is None else threshold
-        self._detector = None if shots in ("threshold", "none") else detector(shots, threshold)
-        self._before: float | None = None
-
-    @property
-    def look_ahead(self) -> int:
-        """Frames after a boundary that must be seen before it is known."""
-        return _LOOK_AHEAD if self._shots == "adaptive" else 0
+        self._threshold = THRESHOLDS.get(shots, 0.0) if threshold is None else threshold
+        self._scores: deque[float] = deque(maxlen=2 * look_ahead(shots) + 1)
+        self._state: int | None = None
 
     def push(self, frame: int, time_s: float, score: float | None) -> int | None:
-        """The boundary that this frame settles, if any; `score` is None where it is not known."""
-        if self._detector is not None:
-            return (
-                None
-                if score is None
-                else next(iter(self._detector.process_frame(frame, score)), None)
-            )
+        """The boundary that this frame settles, if any.
+
+        Args:
+            frame: Its number.
+            time_s: Its time.
+            score: From `FrameScorer`; None for the first of a part, which nothing precedes there.
+        """
+        if self._shots in ("adaptive", "content"):
+            if score is None:
+                return None
+            self._scores.append(score)
+            full = len(self._scores) == self._scores.maxlen
+            if full and _is_cut(self._shots, self._threshold, list(self._scores)):
+                return (frame - look_ahead(self._shots)) or None
+            return None
         if self._shots == "threshold":
             assert score is not None
-            state = float(score < int(self._level))  # the detector compares with an integer
+            state = int(score < int(self._threshold))  # the detector compares with an integer
         else:
             state = math.floor(time_s / self._clip_seconds)
-        before, self._before = self._before, state
+        before, self._state = self._state, state
         return frame if before is not None and state != before else None
 
 

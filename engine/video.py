@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, BinaryIO, NamedTuple
 
 import av
@@ -114,8 +115,18 @@ class Video:
 
     def seconds(self, pts: int) -> float:
         """When a time stamp is shown, from the start of the file."""
-        assert self.stream.time_base is not None
-        return float(pts * self.stream.time_base - self.origin)
+        scale, shift, unit = self._clock
+        return (pts * scale - shift) / unit  # integers: rounded once, and fast
+
+    @cached_property
+    def _clock(self) -> tuple[int, int, int]:
+        base, origin = self.stream.time_base, self.origin
+        assert base is not None
+        return (
+            base.numerator * origin.denominator,
+            origin.numerator * base.denominator,
+            base.denominator * origin.denominator,
+        )
 
     def pts(self, time_s: float) -> int:
         """The first time stamp at or after a time."""

@@ -92,6 +92,8 @@ class Outcome:
     keyframes: tuple[FragmentMetadata, ...] = ()
     frames_decoded: int = 0
     """By this unit alone."""
+    unwritable: str | None = None
+    """Why the dataset could not be written: the run cannot go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +168,15 @@ class Reader:
         if reading.clips is None:
             return outcome
         clips = _complete(reading.clips, unit.source, reading.sha256)
+        try:
+            keyframes = _write_keyframes(self.job.root, unit, reading.keyframes, clips)
+        except OSError as error:
+            return dataclasses.replace(outcome, unwritable=str(error))
         return dataclasses.replace(
             outcome,
             source_row=_done(self.job, unit, reading, clips.num_rows),
             clips=clips,
-            keyframes=_write_keyframes(self.job.root, unit, reading.keyframes, clips),
+            keyframes=keyframes,
         )
 
 

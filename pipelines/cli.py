@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,9 +64,16 @@ def fail(message: str, code: int = BAD_INPUT) -> Any:
     raise SystemExit(code)
 
 
+def first_words(error: Exception) -> str:
+    """What an error says, without where in a library's source it was raised."""
+    return str(error).splitlines()[0].split(", /")[0]
+
+
 def set_up_logging() -> None:
     """Our own words on standard error, a line each."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # Ray forks before any table is open, and what it forks opens none
+    warnings.filterwarnings("ignore", "lance is not fork-safe")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is a Ctrl-C
 
 

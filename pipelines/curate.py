@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read when ray is imported
 
 import tyro
 
@@ -94,6 +95,8 @@ def main() -> int:
         cli.fail(str(error))
     except (LeaseLost, ConnectionError) as error:
         cli.fail(str(error), code=cli.UNBALANCED)
+    except OSError as error:
+        cli.fail(f"{dst} cannot be written: {cli.first_words(error)}", code=cli.UNBALANCED)
     except KeyboardInterrupt:
         cli.fail("stopped before any work began", code=cli.INTERRUPTED)
     show(result, recipe, as_json=args.json)

@@ -130,7 +130,6 @@ BROKEN = (
     "Zulko__moviepy__result.webm",
     "androidx__media__invalid-bitstream.webm",
     "androidx__media__sample_audio_only.mp4",
-    "dmlc__decord__corrupted.mp4",
     "webmproject__libwebm__invalid_vp9_bitstream-bug_1416.webm",
 )
 
@@ -184,5 +183,19 @@ def test_rows_of_the_real_videos_are_whole(real: dict) -> None:
         assert clip["state"] in ("kept", "rejected"), clip
         if clip["brightness"] is not None:
             assert 0 <= clip["brightness"] <= 1 and 0 <= clip["black_area_frac"] <= 1
-            assert clip["motion_score"] >= 0 and 0 <= clip["black_frame_frac"] <= 1
-            assert clip["num_frames"] > 0
+            assert 0 <= clip["black_frame_frac"] <= 1 and clip["num_frames"] > 0
+            assert (clip["motion_score"] is None) == (clip["error_type"] is not None)
+            assert clip["motion_score"] is None or clip["motion_score"] >= 0
+
+
+def test_a_file_broken_in_the_middle_fails_when_it_is_decoded(
+    videos: Path, tmp_path: Path, curate: Curate
+) -> None:
+    (tmp_path / "src").mkdir()
+    # fifty frames by its index: it is not decoded unless all are to be measured
+    (tmp_path / "src" / "x.mp4").symlink_to(videos / "dmlc__decord__corrupted.mp4")
+    curate(tmp_path / "src", tmp_path / "set")
+    assert rows(tmp_path / "set", "clips")[0]["reason"] == "num_frames<65"
+    curate(tmp_path / "src", tmp_path / "set", measure_all=True)
+    (source,) = rows(tmp_path / "set", "sources")
+    assert source["state"] == "failed" and "damaged at 2." in source["error"]

@@ -129,7 +129,8 @@ def test_a_stopped_driver_that_was_replaced_wakes_up_and_adds_no_row(
         root, cluster = f"{bucket.uri}/set", bucket.on(cluster)
     else:
         root = str(tmp_path / "set")
-    asleep = Driver(cluster, source, root, "--lease-expiry-s", 2)
+    # one worker: what it holds of the cluster it keeps while it is stopped
+    asleep = Driver(cluster, source, root, "--lease-expiry-s", 2, "--workers", 1)
     deadline = time.monotonic() + 60
     while not committed(root)[0]:
         assert time.monotonic() < deadline and asleep.process.poll() is None, asleep.end()
