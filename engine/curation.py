@@ -47,9 +47,10 @@ from engine.worker import (
     with_captions,
 )
 
-WAVE = 20_000
-"""Units given to one Ray Data execution: its bookkeeping is per block, and must stay bounded."""
-BLOCKS = 2_000
+WAVE = 10_000
+"""Units given to one Ray Data execution: its bookkeeping must stay bounded."""
+BUNDLE_UNITS, BUNDLE_BYTES = 16, 16 * 2**20
+"""Small sources go to a worker in bundles, for Ray's bookkeeping is per bundle."""
 HASH_HERE_BYTES = 256 * 2**20
 """Up to so much is hashed by the driver: less than it takes to start workers."""
 COMMIT_AT = 64
@@ -422,10 +423,11 @@ class Curation:
     def _feed(self, units: Sequence[Unit], found: queue.SimpleQueue[Any]) -> None:
         cores = int(ray.cluster_resources().get("CPU", 1))
         workers = min(len(units), self.options.workers or cores)
-        rows = [{"unit": pickle.dumps(unit)} for unit in units]
-        pipeline = ray.data.from_items(
-            rows, override_num_blocks=min(len(rows), BLOCKS)
-        ).map_batches(
+        blocks = [
+            pa.table({"unit": [pickle.dumps(unit) for unit in bundle]})
+            for bundle in _bundles(units, at_most=-(-len(units) // (4 * workers)))
+        ]
+        pipeline = ray.data.from_arrow(blocks).map_batches(
             Reader,
             fn_constructor_args=(self.job,),
             batch_size=1,
@@ -482,6 +484,21 @@ class Curation:
         assert unit.heir_of is not None
         row = _rows_of(self.writer.table("sources"), [source_id(unit.heir_of)]).to_pylist()[0]
         return row | {"state": "duplicate", "duplicate_of": unit.source_id, "num_clips": 0}
+
+
+def _bundles(units: Sequence[Unit], at_most: int) -> Iterator[list[Unit]]:
+    """Small units together; large ones, parts, and those on which a worker died, alone."""
+    bundle: list[Unit] = []
+    size = 0
+    for unit in units:
+        own = BUNDLE_BYTES if unit.died or unit.part is not None else unit.source.size_bytes or 0
+        full = len(bundle) >= min(at_most, BUNDLE_UNITS) or size + own > BUNDLE_BYTES
+        if bundle and full:
+            yield bundle
+            bundle, size = [], 0
+        bundle.append(unit)
+        size += own
+    yield bundle
 
 
 def _hash_here(uris: Iterable[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from engine.video import Frame
 _MOST_HELD = 12
 _RECENT = 4  # a cut is known two frames late
 _HELD_BYTES = 16 * 2**20
-"""Larger pictures are made keyframes at once: at most 12 of these and 4 of any size are in memory."""
+"""Larger pictures are made keyframes at once: in memory are 12 up to this size, and 4 of any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Keyframes:
                 self._hold(index, frame, marked)
 
     def end(self, end: int) -> None:
-        """The shot ends before frame `end`: if it has too few keyframes, takes some that are held."""
+        """The shot ends before frame `end`: takes held frames if it has too few keyframes."""
         held, self._held = self._held, None
         if held is None or sum(i < end for i in held.on_grid) >= self._least:
             return
@@ -161,7 +161,7 @@ class Keyframes:
 
 
 def choose(times_s: np.ndarray, start_s: float, end_s: float, wanted: int) -> list[int]:
-    """At most `wanted` of the candidates: for each of as many equal parts, the one nearest its middle.
+    """At most `wanted` of the candidates: those nearest the middles of as many equal parts.
 
     Args:
         times_s: Of the candidates, ascending, float64 (N,).

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from av.video.frame import PictureType
 
 from engine.keyframes import Keyframes, Marks, choose
 from engine.operator import Operator
@@ -300,7 +301,7 @@ class _Part:
         wanted = after <= 1
         image = score = None
         if wanted or self._scorer is not None:
-            slot = self._signals.slot(index, frame.time_s) if wanted else None
+            slot = self._signals.slot(index, frame) if wanted else None
             image = self._shrinker.luma(frame.picture, self._signals.size, slot)
         if self._scorer is not None and image is not None:
             small = self._shrinker.colour(frame.picture, image, self._small)
@@ -355,15 +356,15 @@ class _Signals:
         self.size = size
         self._functions = [(signal.writes, signal.load()) for signal in signals]
         self._images = np.empty((_BATCH + 1, size[1], size[0]), np.uint8)
-        self._frames: list[tuple[int, float]] = []
+        self._frames: list[tuple[int, float, bool]] = []
         self._context = 0
         self._found: list[list[pa.Array]] = [[] for _ in signals]
 
-    def slot(self, index: int, time_s: float) -> np.ndarray:
+    def slot(self, index: int, frame: Frame) -> np.ndarray:
         """Where the next frame's picture goes."""
         if len(self._frames) == len(self._images):
             self._measure()
-        self._frames.append((index, time_s))
+        self._frames.append((index, frame.time_s, frame.picture.pict_type == PictureType.I))
         return self._images[len(self._frames) - 1]
 
     def columns(self) -> dict[str, pa.ChunkedArray]:
@@ -377,8 +378,8 @@ class _Signals:
 
     def _measure(self) -> None:
         count = len(self._frames)
-        indices, times = zip(*self._frames, strict=True)
-        table = frames_table(indices, times, self._images[:count])
+        indices, times, key = zip(*self._frames, strict=True)
+        table = frames_table(indices, times, key, self._images[:count])
         for (schema, function), chunks in zip(self._functions, self._found, strict=True):
             column = function(table)[schema.names[0]].combine_chunks()
             chunks.append(column.slice(self._context))

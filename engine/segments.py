@@ -63,7 +63,7 @@ def _length(video: Video, segment_s: float) -> float:
 
 
 def _key_packets(video: Video, length_s: float) -> list[tuple[int, int]]:
-    """pts and dts of the first key packet in each stretch of time at which decoding can start."""
+    """Times, shown and decoded, of the first clean key packet in each stretch of the source."""
     stream = video.stream
     assert stream.time_base is not None
     length = round(length_s / stream.time_base)
@@ -107,8 +107,8 @@ def _gives_picture(media: Media, key: tuple[int, int], max_pixels: int) -> bool:
 def _is_exact(video: Video, packet: Packet[Any]) -> bool:
     """Whether nothing shown from this packet on refers to anything before it.
 
-    In H.264 only an IDR picture is sure to be such a place: after the others of an open GOP a strict
-    decoder misses the references that are listed, if never used.
+    In H.264 only an IDR picture is sure to be such a place: after the others of an open GOP a
+    strict decoder misses the references that are listed, if never used.
     """
     if video.stream.codec_context.codec.canonical_name != "h264":
         return True

@@ -5,6 +5,7 @@ Scores are kept for each frame, so that a source that was scanned in parts is de
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -173,7 +174,7 @@ def spans_of_shots(
     """
     bounds = [0, *starts, len(times_s)]
     begins: list[int] = []
-    for first, after in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, after in itertools.pairwise(bounds):
         end = times_s[after] if after < len(times_s) else end_s
         wanted = split_evenly(times_s[first], end, longest_s)
         begins += [first, *np.searchsorted(times_s, wanted[1:]).tolist()]

@@ -22,18 +22,29 @@ from engine.operator import Operator
 LONGER_SIDE_PX = 320
 """The picture that signals see: full-range 8-bit luma, its longer side scaled down to this."""
 
-FRAMES = ("frame", "time_s", "luma")
+FRAMES = ("frame", "time_s", "key", "luma")
 _WORK_PX = LONGER_SIDE_PX // 2
 _MIN_PX = 16
 
 
-def frames_table(frames: Sequence[int], times_s: Sequence[float], luma_NHW: np.ndarray) -> pa.Table:
-    """What signals read; the pictures are not copied."""
-    luma = pa.FixedShapeTensorArray.from_numpy_ndarray(luma_NHW)
-    return pa.table(
-        {"frame": pa.array(frames, pa.int64()), "time_s": pa.array(times_s, pa.float64())}
-        | {"luma": luma}
-    )
+def frames_table(
+    frames: Sequence[int], times_s: Sequence[float], key: Sequence[bool], luma_NHW: np.ndarray
+) -> pa.Table:
+    """What signals read; the pictures are not copied.
+
+    Args:
+        frames: Numbers of consecutive frames.
+        times_s: When they are shown.
+        key: Whether they are coded without reference to others.
+        luma_NHW: Full-range pictures, uint8.
+    """
+    columns = {
+        "frame": pa.array(frames, pa.int64()),
+        "time_s": pa.array(times_s, pa.float64()),
+        "key": pa.array(key, pa.bool_()),
+        "luma": pa.FixedShapeTensorArray.from_numpy_ndarray(luma_NHW),
+    }
+    return pa.table(columns)
 
 
 def luma_of(frames: pa.Table) -> np.ndarray:
@@ -133,15 +144,15 @@ def _black_shares(luma_NHW: np.ndarray, level: float) -> np.ndarray:
 class Motion(FrameSignal):
     """Mean length of dense optical flow, in px per frame, on a picture 320 px at its longer side.
 
-    Flow is DIS. It counts where the picture changes by more than noise does; what changes nowhere so
-    reads exactly 0. Areas without texture say nothing of motion, so the mean leaves them out, but
-    never more than three quarters of the picture. Pairs of neighbouring frames are sampled on a grid
-    of time; the other frames are null, and so is a clip that holds no pair.
+    Flow is DIS. It counts where the picture changes by more than noise does; what changes nowhere
+    so reads exactly 0. Areas without texture say nothing of motion, so the mean leaves them out,
+    but never more than half of the picture. Pairs of neighbouring frames are sampled on a grid of
+    time, beside key frames; the other frames are null, and so is a clip that holds no pair.
 
-    Noise reads 0 up to a standard deviation of 2 of 255 on the small picture (a 720p original may
+    Noise reads 0 up to a standard deviation of 3 of 255 on the small picture (a 720p original may
     have four times that). Misleads where light flickers or fades by some 10 % a frame (reads as
-    motion), below 0.25 px per frame (may read 0), at the frame's edge beyond 15 px per frame, and
-    between clips of other frame rates, as it is per frame.
+    motion), below 0.25 px per frame (may read 0), where little moves before a flat wall (reads up
+    to three times as much), and between clips of other frame rates, as it is per frame.
 
     Source: Kroeger et al., "Fast Optical Flow using Dense Inverse Search" (2016).
     """
@@ -157,7 +168,9 @@ class Motion(FrameSignal):
     edge_level: float = 0.8
     """Change down to which the surroundings of such a place move, too."""
     floor_px: float = 0.1
-    """Flow below this is 0."""
+    """Flow of a pixel below this is 0."""
+    mean_floor_px: float = 0.01
+    """A mean below this is 0: key frames of coarsely coded clips make still pictures breathe."""
 
     def load(self) -> Callable[[pa.Table], pa.Table]:
         """Frames to the flow from the frame before."""
@@ -167,14 +180,28 @@ class Motion(FrameSignal):
         flow.setGradientDescentIterations(6)
 
         def measure(frames: pa.Table) -> pa.Table:
-            slots = np.floor(frames["time_s"].to_numpy() * self.pairs_per_s)
             luma_NHW = luma_of(frames)
-            scores: list[float | None] = [None] * len(slots)
-            for i in np.flatnonzero(slots[1:] != slots[:-1]) + 1:
+            scores: list[float | None] = [None] * len(luma_NHW)
+            for i in self._sampled(frames["time_s"].to_numpy(), frames["key"].to_numpy(False)):
                 scores[i] = self._pair(flow, _work_size(luma_NHW[i - 1]), _work_size(luma_NHW[i]))
             return pa.table([pa.array(scores, pa.float32())], schema=self.writes)
 
         return measure
+
+    def _sampled(self, times_s: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """Frames that are measured against the one before: the first ones of a slot of time.
+
+        Where that is a key frame, whose coding errors differ from its neighbours' and look like
+        motion, the next one. A choice that depends on two frames alone is the same in any batch.
+        """
+        before, after = times_s[:-1], times_s[1:]
+        first = self._slots(after) != self._slots(before)
+        first_was_before = self._slots(before) != self._slots(2 * before - after)
+        alone, begins = key[1:] & ~key[:-1], key[:-1] & ~key[1:]
+        return np.flatnonzero((first & ~alone) | (first_was_before & begins)) + 1
+
+    def _slots(self, times_s: np.ndarray) -> np.ndarray:
+        return np.floor(times_s * self.pairs_per_s)
 
     def _pair(self, flow: cv2.DISOpticalFlow, before_HW: np.ndarray, after_HW: np.ndarray) -> float:
         change_HW = _local_change(before_HW, after_HW)
@@ -193,16 +220,20 @@ class Motion(FrameSignal):
         texture_HW = _local_texture(after_HW)
         still_HW = length_HW < self.floor_px * _WORK_PX / LONGER_SIDE_PX
         # Texture that shows no change, whatever the flow claims, or that the flow leaves in place.
-        contradicted_HW = texture_HW * length_HW > 12 * self.edge_level
+        contradicted_HW = texture_HW * length_HW > 20 * self.edge_level
         known = np.count_nonzero(
             changed_HW | contradicted_HW | (still_HW & (texture_HW > self.edge_level))
         )
         total = length_HW[changed_HW & ~still_HW].sum(dtype=np.float64)
-        return float(total / max(known, change_HW.size / 4)) * LONGER_SIDE_PX / _WORK_PX
+        mean_px = float(total / max(known, change_HW.size / 2)) * LONGER_SIDE_PX / _WORK_PX
+        return mean_px if mean_px >= self.mean_floor_px else 0.0
 
 
 def _work_size(luma_HW: np.ndarray) -> np.ndarray:
-    """A picture of 160 px at its longer side, whatever the source, and large enough for flow."""
+    """A picture of 160 px at its longer side, whatever the source, and large enough for flow.
+
+    Softened, as flow is found to parts of a pixel by linear interpolation, which detail misleads.
+    """
     height, width = luma_HW.shape
     scale = _WORK_PX / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -211,7 +242,7 @@ def _work_size(luma_HW: np.ndarray) -> np.ndarray:
     missing = [max(0, _MIN_PX - side) for side in small.shape]
     if any(missing):
         small = cv2.copyMakeBorder(small, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
-    return small
+    return cv2.GaussianBlur(small, (5, 5), 1.2)
 
 
 def _local_change(before_HW: np.ndarray, after_HW: np.ndarray) -> np.ndarray:

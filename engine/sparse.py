@@ -13,7 +13,6 @@ import numpy as np
 
 from engine.picture import Upright
 from engine.video import (
-    DamagedError,
     Media,
     VideoError,
     decode,
@@ -71,9 +70,25 @@ def read_frames(
         VideoError: Neither reader gets the frames.
         OSError: The file cannot be read.
     """
-    index = _index(media)
     if (indices is None) == (times_s is None):
         raise TypeError("read_frames needs either indices or times_s")
+    try:
+        return _read(media, _demuxed(media), indices, times_s, prefer)
+    except _Unseen:
+        return _read(media, _decoded(media), indices, times_s, prefer)
+
+
+class _Unseen(Exception):
+    """A packet turned out to hold no picture of its own, as hidden frames of VP9 may."""
+
+
+def _read(
+    media: Media,
+    index: _Index,
+    indices: Sequence[int] | None,
+    times_s: Sequence[float] | None,
+    prefer: Reader,
+) -> Pictures:
     if times_s is not None:
         indices = [max(0, bisect.bisect_right(index.times_s, t) - 1) for t in times_s]
     assert indices is not None
@@ -101,7 +116,14 @@ def read_frames(
             raise why from None
 
 
-def _index(media: Media) -> _Index:
+def _decoded(media: Media) -> _Index:
+    index = _demuxed(media)
+    with open_video(media) as video:
+        frames = [(frame.pts, frame.time_s) for frame in decode(video)]
+    return _Index([pts for pts, _ in frames], [time_s for _, time_s in frames], index.keys)
+
+
+def _demuxed(media: Media) -> _Index:
     with open_video(media) as video:
         shown, keys = [], []
         for packet in video.container.demux(video.stream):
@@ -124,12 +146,11 @@ def _by_pyav(media: Media, index: _Index, wanted: Sequence[int]) -> list[np.ndar
         stretches.setdefault(key, set()).add(stamp)
     found: dict[int, np.ndarray] = {}
     for key, stamps in sorted(stretches.items()):
-        # Without a key packet before it, or with frames shown before it that follow: from the start.
+        # Before the second key packet, from the start: the first may not be the first packet.
         start, seek = index.keys[key] if key > 0 else (None, None)
         found |= _stretch(media, start, seek, stamps)
-    missing = [i for i, stamp in zip(wanted, pts, strict=True) if stamp not in found]
-    if missing:
-        raise DamagedError(f"no picture for frame {missing[0]}")
+    if any(stamp not in found for stamp in pts):
+        raise _Unseen
     return [found[stamp] for stamp in pts]
 
 
@@ -159,6 +180,7 @@ def _by_decord(media: Media, index: _Index, wanted: Sequence[int]) -> list[np.nd
         decord: Any = importlib.import_module("decord")
     except ImportError as e:
         raise VideoError("decord is not installed") from e
+    decord.logging.set_level(decord.logging.QUIET)
     path = os.path.abspath(os.fspath(media))
     try:
         reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)

@@ -8,14 +8,19 @@ starts from the version that this driver made itself, and its manifest is writte
 
 A unit of work touches several tables. `sources` is committed last, and its transaction says which
 versions of the others belong to it: rows that a dead driver committed beyond those are taken back
-when the dataset is opened for writing again.
+when the dataset is opened for writing again. It is sealed last, too: who finds it naming versions
+later than his own seals was overtaken while he opened the dataset, and must not take back anything.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +44,12 @@ KEPT_VERSIONS = 64
 ROWS_PER_FRAGMENT = {"keyframes": 8_192}
 """Rows of a full fragment where rows are large; `_FULL` elsewhere."""
 _FULL = 131_072
+ROWS_PER_READ = {"keyframes": 256}
+"""Rows that a compaction holds at a time where rows are large; `_READ` elsewhere."""
+_READ = 8_192
 _DATA_TABLES = ("keyframes", "clips", "sources")  # in the order in which a unit commits them
+_RECORDED = ("clips", "keyframes")  # whose versions each commit of `sources` records
+_ASKED_AT_ONCE = 50_000  # values in one predicate
 
 
 class DatasetError(ValueError):
@@ -48,6 +58,22 @@ class DatasetError(ValueError):
 
 class LeaseLost(RuntimeError):
     """Another driver has taken the dataset over: nothing was written."""
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back to the end of a `with`: between two commits it would tear a unit apart."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where it never arrives
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 def table_uri(root: str, name: str) -> str:
@@ -161,22 +187,20 @@ class _Table:
 
     def without(self, column: str, values: Sequence[str]) -> tuple[list[FragmentMetadata], list]:
         """Fragments changed, and ids of fragments emptied, when rows with these values go."""
+        held: dict[int, set[str]] = defaultdict(set)
+        for start in range(0, len(values), _ASKED_AT_ONCE):
+            asked = values[start : start + _ASKED_AT_ONCE]
+            scanner = self.at.scanner([column], filter=_among(column, asked), with_row_id=True)
+            for row in scanner.to_table().to_pylist():
+                held[row["_rowid"] >> 32].add(row[column])
         changed, emptied = [], []
-        for batch in _chunks(values, 500):
-            quoted = ", ".join("'" + v.replace("'", "''") + "'" for v in batch)
-            predicate = f"{column} IN ({quoted})"
-            for fragment in self._holding(predicate):
-                left = fragment.delete(predicate)
-                if left is None:
-                    emptied.append(fragment.fragment_id)
-                else:
-                    changed.append(left)
+        for number in sorted(held):
+            left = self.at.get_fragment(number).delete(_among(column, sorted(held[number])))
+            if left is None:
+                emptied.append(number)
+            else:
+                changed.append(left)
         return changed, emptied
-
-    def _holding(self, predicate: str) -> Iterator[LanceFragment]:
-        found = self.at.scanner(columns=[], filter=predicate, with_row_id=True).to_table()
-        for number in sorted({row_id >> 32 for row_id in found["_rowid"].to_pylist()}):
-            yield self.at.get_fragment(number)
 
 
 class Writer:
@@ -191,12 +215,13 @@ class Writer:
     def __init__(self, root: str, run_id: str, recovered: Callable[[str], None] = lambda _: None):
         self.root, self.run_id = root, run_id
         self._tables = {name: _Table(name=name, at=read(root, name)) for name in TABLES}
-        belonging = self._tables["sources"].properties()
-        for name in ("sources", "clips", "keyframes", "runs"):  # sources first: its commit decides
-            self._seal(name, belonging)
+        for name in ("clips", "keyframes", "runs", "sources"):
+            self._seal(name)
         belonging = self._belonging()
-        for name in ("clips", "keyframes"):
-            if self._take_back(self._tables[name], int(belonging.get(name, 0))):
+        if any(self._tables[name].at.version < version for name, version in belonging.items()):
+            raise LeaseLost(f"{root} was taken over by another run; this one stops")
+        for name, version in belonging.items():
+            if self._take_back(self._tables[name], version):
                 recovered(f"took back rows of {name} that a dead run had not finished committing")
         for name, table in self._tables.items():
             lacking = [f for f in TABLES[name] if f.name not in table.at.schema.names]
@@ -204,28 +229,29 @@ class Writer:
                 table.at.add_columns(pa.schema(lacking))
         self._record()
 
-    def _seal(self, name: str, properties: dict[str, str]) -> None:
+    def _seal(self, name: str) -> None:
         # a live driver may commit between our read and our seal: then read again, it is losing
         for attempt in range(5):
-            table = self._tables[name]
             try:
-                table.seal(
-                    **(table.properties() if name == "sources" else properties | {"kind": "seal"})
-                )
+                self._tables[name].seal(kind="seal")
                 return
             except LeaseLost:
                 if attempt == 4:
                     raise
-                table.at = read(self.root, name)
+                self._tables[name].at = read(self.root, name)
 
-    def _belonging(self) -> dict[str, str]:
-        return self._tables["sources"].properties()
+    def _belonging(self) -> dict[str, int]:
+        """Versions of the other tables that `sources` says belong to it: what they are without."""
+        table = self._tables["sources"]
+        for version in range(table.at.version, 0, -1):  # seals and compactions say nothing
+            found = table.properties(version)
+            if found.keys() >= set(_RECORDED):
+                return {name: int(found[name]) for name in _RECORDED}
+        return dict.fromkeys(_RECORDED, 1)
 
     @staticmethod
     def _take_back(table: _Table, recorded: int) -> bool:
         """Undoes commits of rows after version `recorded`; tells whether there were any."""
-        if not recorded:
-            recorded = 1
         later = range(recorded + 1, table.at.version + 1)
         if not any(table.properties(v).get("kind") == "rows" for v in later):
             return False
@@ -253,14 +279,13 @@ class Writer:
         self._tables["sources"].seal(**self._versions())
 
     def _versions(self) -> dict[str, str]:
-        return {n: str(self._tables[n].at.version) for n in ("clips", "keyframes")} | {
-            "run": self.run_id
-        }
+        return {n: str(self._tables[n].at.version) for n in _RECORDED} | {"run": self.run_id}
 
     def table(self, name: str) -> lance.LanceDataset:
         """A table as of this driver's last commit."""
         return self._tables[name].at
 
+    @uninterrupted()
     def commit(
         self,
         *,
@@ -305,6 +330,7 @@ class Writer:
     def _fragments(self, name: str, rows: pa.Table | None) -> list[FragmentMetadata]:
         return write_rows(self.root, name, rows) if rows is not None and rows.num_rows else []
 
+    @uninterrupted()
     def publish(self, stages: Sequence[Stage]) -> int:
         """Judges every clip by its stored columns and publishes the verdicts in one commit.
 
@@ -329,6 +355,7 @@ class Writer:
             self._record()
         return num_changed
 
+    @uninterrupted()
     def add_run(self, row: dict[str, Any]) -> None:
         """Appends a row to `runs`."""
         rows = pa.Table.from_pylist([row], schema=TABLES["runs"])
@@ -344,7 +371,11 @@ class Writer:
             if small < COMPACT_AT:
                 continue
             try:
-                table.at.optimize.compact_files(target_rows_per_fragment=full)
+                table.at.optimize.compact_files(
+                    target_rows_per_fragment=full,
+                    batch_size=ROWS_PER_READ.get(name, _READ),
+                    num_threads=1,  # memory stays flat, and the cores are the workers'
+                )
             except OSError as error:
                 if "conflict" not in str(error):
                     raise
@@ -397,6 +428,6 @@ def _rows_that_differ(old: pa.Table, new: pa.Table) -> int:
     return pc.sum(differ).as_py()
 
 
-def _chunks(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
+def _among(column: str, values: Collection[str]) -> str:
+    quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+    return f"{column} IN ({quoted})"

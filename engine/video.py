@@ -1,7 +1,7 @@
 """The one home of decoding: what a file is, its frames in order, and a few frames at random.
 
-PyAV reads, because it alone tells a damaged file from one that ends. Nothing here takes a name for a
-URL, opens what a file refers to, or passes a broken file off as a short one.
+PyAV reads, because it alone tells a damaged file from one that ends. Nothing here takes a name for
+a URL, opens what a file refers to, or passes a broken file off as a short one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Media = str | os.PathLike[str] | BinaryIO
 MAX_PIXELS = 8192 * 8192
 """Largest coded frame that is decoded; 8K has half of it."""
 
-# What may be detected; playlists, image sequences, subtitles and devices open other files or anything.
+# What may be detected: no playlists, image sequences, subtitles or devices.
 _FORMATS = (
     "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,asf,ogg,gif,mxf,nut,ivf,h264,hevc,av1,obu,"
     "m4v,dv,rm,yuv4mpegpipe,vc1,wtv,mjpeg,apng"
@@ -110,6 +110,8 @@ class Video:
     size_bytes: int
     origin: Fraction
     """Seconds that players subtract from every time stamp."""
+    family: str
+    """`mov`, `matroska` or another container's first name."""
     frames_decoded: int = 0
     """Frames that came out of the decoder, wanted or not."""
 
@@ -128,16 +130,6 @@ class Video:
             base.denominator * origin.denominator,
         )
 
-    def pts(self, time_s: float) -> int:
-        """The first time stamp at or after a time."""
-        assert self.stream.time_base is not None
-        return -int(-(Fraction(time_s) + self.origin) // self.stream.time_base)
-
-    @property
-    def family(self) -> str:
-        """`mov`, `matroska` or another container's first name."""
-        return self.container.format.name.split(",")[0]
-
 
 @contextmanager
 def open_video(media: Media, *, max_pixels: int = MAX_PIXELS) -> Iterator[Video]:
@@ -155,11 +147,15 @@ def open_video(media: Media, *, max_pixels: int = MAX_PIXELS) -> Iterator[Video]
     except av.error.FFmpegError as e:
         raise _not_video(media, size, e) from e
     with container:
+        family = container.format.name.split(",")[0]
+        if not container.streams.video:
+            _check_size(media, size, family)
         stream = _first_video(container)
         context = stream.codec_context
         if context.width * context.height > max_pixels:
             raise TooLargeError(
-                f"frames of {context.width}x{context.height} px: at most {max_pixels} px are decoded"
+                f"frames of {context.width}x{context.height} px:"
+                f" at most {max_pixels} px are decoded"
             )
         # Concealed errors look like content; only "explode" makes slices that are lost raise.
         context.options = {"err_detect": "explode"}
@@ -167,7 +163,7 @@ def open_video(media: Media, *, max_pixels: int = MAX_PIXELS) -> Iterator[Video]
         context.thread_count = 1
         start = container.start_time
         origin = Fraction(start, av.time_base) if start is not None else Fraction(0)
-        yield Video(container, stream, size, origin)
+        yield Video(container, stream, size, origin, family)
 
 
 def probe(media: Media, *, max_pixels: int = MAX_PIXELS) -> Metadata:
@@ -229,18 +225,14 @@ def decode(
 
 
 def check_complete(video: Video, media: Media) -> None:
-    """Raises TruncatedError where the container shows, without decoding, that its end is missing."""
+    """Raises TruncatedError where the container shows, undecoded, that its end is missing."""
     if video.family == "mov":
         index = video.stream.index_entries
         listed = len(index)
         there = sum(entry.pos + entry.size <= video.size_bytes for entry in index)
         if there < listed:
             raise TruncatedError(f"truncated: {there} of {listed} frames are in the file")
-    missing = _missing_bytes(video, media)
-    if missing:
-        raise TruncatedError(
-            f"truncated: the file has {video.size_bytes} bytes and lacks {missing} more"
-        )
+    _check_size(media, video.size_bytes, video.family)
 
 
 def _target(media: Media) -> tuple[Any, int]:
@@ -271,10 +263,14 @@ def _not_video(media: Media, size: int, error: av.error.FFmpegError) -> Exceptio
     if isinstance(error, OSError) and not isinstance(error, ValueError):
         return OSError(error.errno, error.strerror)
     head = _read_at(media, 0, 64)
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
-        return TruncatedError("truncated or damaged: its index (moov) cannot be read")
-    if head[:4] == b"\x1aE\xdf\xa3":
-        return TruncatedError("truncated or damaged: its Matroska header cannot be read")
+    for what, found in (
+        ("index (moov)", head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")),
+        ("Matroska header", head[:4] == b"\x1aE\xdf\xa3"),
+        ("AVI header", head[:4] == b"RIFF" and head[8:12] == b"AVI "),
+        ("FLV header", head[:3] == b"FLV"),
+    ):
+        if found:
+            return TruncatedError(f"truncated or damaged: its {what} cannot be read")
     if head.startswith(b"version https://git-lfs"):
         return NotVideoError("not a video: a Git LFS pointer, the file itself was never fetched")
     try:
@@ -408,42 +404,37 @@ def _claimed_duration(video: Video) -> float | None:
     return None
 
 
-def _missing_bytes(video: Video, media: Media) -> int:
-    """How far the last box, segment or chunk that a container announces reaches past the end."""
-    if video.family == "mov":
-        end = _end_of_boxes(media, video.size_bytes)
-    elif video.family == "matroska":
+def _check_size(media: Media, size: int, family: str) -> None:
+    """Whether the last box, segment or chunk that the container announces is all there."""
+    if family == "mov":
+        end = _end_of_boxes(media, size)
+    elif family == "matroska":
         end = _end_of_segment(_read_at(media, 0, 4096))
-    elif video.family == "avi":
-        head = _read_at(media, 0, 8)
-        end = 8 + struct.unpack("<I", head[4:])[0]
-        if video.size_bytes >= 2**30:
-            end = 0  # OpenDML files have several
+    elif family == "avi" and size < 2**30:  # larger ones have several RIFF chunks
+        end = 8 + struct.unpack("<I", _read_at(media, 4, 4))[0]
     else:
         end = 0
-    return max(0, end - video.size_bytes)
+    if end > size:
+        raise TruncatedError(f"truncated: the file has {size} of {end} bytes")
 
 
 def _end_of_boxes(media: Media, size: int) -> int:
     """End of the last top-level box that holds media or its index."""
-    opened = open(media, "rb") if isinstance(media, (str, os.PathLike)) else None
-    file: BinaryIO = opened or media  # type: ignore[assignment]
+    if isinstance(media, (str, os.PathLike)):
+        with open(media, "rb") as file:
+            return _end_of_boxes(file, size)
     position, end = 0, 0
-    try:
-        while position + 8 <= size:
-            file.seek(position)
-            head = file.read(16)
-            length, kind = struct.unpack(">I4s", head[:8])
-            if length == 1 and len(head) == 16:
-                length = struct.unpack(">Q", head[8:])[0]
-            if length < 8:
-                break  # 0: up to the end of the file; else no box at all
-            if kind in (b"moov", b"mdat", b"moof"):
-                end = position + length
-            position += length
-    finally:
-        if opened is not None:
-            opened.close()
+    while position + 8 <= size:
+        media.seek(position)
+        head = media.read(16)
+        length, kind = struct.unpack(">I4s", head[:8])
+        if length == 1 and len(head) == 16:
+            length = struct.unpack(">Q", head[8:])[0]
+        if length < 8:
+            break  # 0: up to the end of the file; else no box at all
+        if kind in (b"moov", b"mdat", b"moof"):
+            end = position + length
+        position += length
     return end
 
 

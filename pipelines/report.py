@@ -22,6 +22,7 @@ from rich.table import Table
 from engine.accounts import balance
 from engine.tables import DatasetError, identity, read
 from pipelines import cli
+from pipelines.sheet import contact_sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Args:
     """A column with a threshold: shows the rejects that missed it by least."""
     num: int = 10
     """How many rows of --near."""
+    sheet: Path | None = None
+    """A file for a picture of kept and rejected clips."""
     json: bool = False
     """JSON on standard output."""
 
@@ -51,6 +54,9 @@ def main() -> int:
             _show(clip_record(root, args.clip), as_json=args.json)
         elif args.near is not None:
             _show_near(nearest(root, args.near, args.num), as_json=args.json)
+        elif args.sheet is not None:
+            num_shown = contact_sheet(root, args.sheet)
+            cli.err.print(f"{num_shown} clips in {args.sheet}", highlight=False, soft_wrap=True)
         else:
             accounts = balance(lambda name: read(root, name), None)
             if args.json:

@@ -26,6 +26,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 
+import av
+import cv2
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -86,12 +88,22 @@ def bench_videos(work: Path) -> list[Path]:
 
 
 def made_720p(work: Path) -> Path:
-    """Pans over photographs, 1280x720, 20 s, H.264 at a usual rate."""
-    from bench_scan import make_720p
+    """Pans over two photographs, 1280x720, 20 s, H.264 at a usual rate."""
+    from skimage import data
 
     path = work / "made_720p.mp4"
-    if not path.exists():
-        make_720p(path)
+    if path.exists():
+        return path
+    photos = [cv2.resize(p, (1700, 1100)) for p in (data.coffee(), data.astronaut())]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "23"})
+        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+        for i in range(600):
+            left, top = 2 * (i % 200), (i % 300)
+            picture = photos[i // 300][top : top + 720, left : left + 1280]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
     return path
 
 
@@ -262,7 +274,10 @@ def bench_rejudge(work: Path) -> list[Line]:
         command = [sys.executable, str(REPOSITORY / "pipelines" / "refilter.py"), root, "--json"]
         began = time.perf_counter()
         done = subprocess.run(
-            [*command, "--set", f"brightness.lo={bound}"], capture_output=True, text=True, check=True
+            [*command, "--set", f"brightness.lo={bound}"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         seconds.append(time.perf_counter() - began)
     changed = json.loads(done.stdout)["changed"]

@@ -108,7 +108,7 @@ def texture(height: int, width: int, seed: int = 0, blur: float = 2.0) -> np.nda
     """Random grey texture, uint8 (H, W), with detail of about `blur` px."""
     noise = np.random.default_rng(seed).normal(size=(height, width))
     smooth = cv2.GaussianBlur(noise, (0, 0), blur)
-    return np.clip(128 + 45 * smooth / smooth.std(), 0, 255).astype(np.uint8)
+    return np.clip(128 + 45 * smooth / (smooth.std() or 1.0), 0, 255).astype(np.uint8)
 
 
 def colourful(height: int, width: int, seed: int) -> np.ndarray:

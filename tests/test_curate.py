@@ -302,6 +302,22 @@ def test_report_shows_the_funnel_a_clip_and_near_misses(
     assert near[0]["missed_by"] == pytest.approx(0.2 - dark["brightness"])
 
 
+def test_a_sheet_shows_kept_above_rejected(finished: dict, run: Run, tmp_path: Path) -> None:
+    import cv2
+
+    from pipelines.sheet import KEPT, REJECTED
+
+    sheet = tmp_path / "sheet.png"
+    assert run("report", finished["root"], "--sheet", sheet).code == 0
+    image = cv2.imread(str(sheet))
+    lines = [
+        [y for y in range(image.shape[0]) if (image[y, 20] == c).all()] for c in (KEPT, REJECTED)
+    ]
+    assert lines[0] and lines[1] and max(lines[0]) < min(lines[1])
+    wrong = run("report", finished["root"], "--sheet", tmp_path / "sheet.nonsense")
+    assert (wrong.code, len(wrong.err.splitlines())) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lance
 import pyarrow as pa
 import pytest
+from lance.dataset import DatasetOptimizer
 
+from engine import tables
 from engine.accounts import balance
 from engine.operator import Rule, Stage
 from engine.schema import CLIPS, KEYFRAMES, SOURCES, TABLES
@@ -184,6 +191,151 @@ def test_what_a_dead_driver_left_half_committed_is_taken_back(
     }
 
 
+def test_more_rows_than_one_predicate_holds_are_replaced(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_ASKED_AT_ONCE", 7)
+    names = [f"it's {i:03d}" for i in range(50)]
+    writer = Writer(root, "r")
+    for some in (names[:30], names[30:]):
+        unit(writer, *some)
+    unit(writer, *names[:45], replaces=names[:45])
+    assert rows_in(root)["sources"] == names
+    assert rows_in(root)["keyframes"] == [f"{n}-0" for n in names]
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@contextlib.contextmanager
+def at_each_step(act: Callable[[int], None]) -> Iterator[None]:
+    """Calls `act` with its number before and after whatever changes a table."""
+    steps = itertools.count()
+
+    def around(change: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            act(next(steps))
+            done = change(*args, **kwargs)
+            act(next(steps))
+            return done
+
+        return call
+
+    table, optimizer = tables._Table, DatasetOptimizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "commit", around(table.commit))
+        patch.setattr(optimizer, "compact_files", around(optimizer.compact_files))
+        patch.setattr(
+            lance.LanceDataset,
+            "cleanup_old_versions",
+            around(lance.LanceDataset.cleanup_old_versions),
+        )
+        yield
+
+
+@contextlib.contextmanager
+def killed_at(step: int) -> Iterator[list[bool]]:
+    """Ends what is inside at a step; the list is empty when it has fewer."""
+    died: list[bool] = []
+
+    def act(number: int) -> None:
+        if number == step:
+            died.append(True)
+            raise Killed
+
+    with at_each_step(act), contextlib.suppress(Killed):
+        yield died
+
+
+def test_killed_at_any_step_a_unit_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "COMPACT_AT", 3)
+    monkeypatch.setattr(tables, "KEPT_VERSIONS", 8)
+    before = {
+        "sources": ["a", "b", "c"],
+        "clips": ["a-0", "a-1", "b-0", "b-1", "c-0", "c-1"],
+        "keyframes": ["a-0", "b-0", "c-0"],
+    }
+    after = {
+        "sources": ["a", "b", "c", "z"],
+        "clips": ["a-0", "b-0", "b-1", "c-0", "c-1", "z-0"],
+        "keyframes": ["a-0", "b-0", "c-0", "z-0"],
+    }
+    seen = []
+    for step in itertools.count():
+        root = str(tmp_path / str(step))
+        create(root, "classic")
+        writer = Writer(root, "r")
+        unit(writer, "a", "b")
+        unit(writer, "c")
+        with killed_at(step) as died:
+            writer.commit(
+                sources=source_rows("a", "z", num_clips=1),
+                clips=clip_rows("a", "z", num=1),
+                keyframes=keyframes(root, "a", "z"),
+                replaces=["a"],
+            )
+            writer.publish(STAGES)
+        if not died:
+            break
+        with killed_at(step % 17):  # and its successor, too, while it opens the dataset
+            Writer(root, "next")
+        Writer(root, "last").publish(STAGES)
+        assert rows_in(root) in (before, after), step
+        assert not balance(lambda name, root=root: read(root, name), None).faults
+        seen.append(rows_in(root) == after)
+    assert True in seen and False in seen
+    assert seen == sorted(seen)
+
+
+def test_a_driver_overtaken_while_it_opens_the_dataset_takes_nothing_back(tmp_path: Path) -> None:
+    for step in itertools.count():
+        root = str(tmp_path / str(step))
+        create(root, "classic")
+        first = Writer(root, "first")
+        unit(first, "a")
+        keyframes_of_a_dead_run = keyframes(root, "dead")
+        first._tables["keyframes"].commit(
+            lance.LanceOperation.Append(keyframes_of_a_dead_run), kind="rows"
+        )
+        done: list[int] = []
+
+        def overtake(number: int, step: int = step, root: str = root, done: list = done) -> None:
+            if number == step and not done:
+                done.append(number)
+                unit(Writer(root, "overtaker"), "b")
+
+        with at_each_step(overtake), contextlib.suppress(LeaseLost):
+            Writer(root, "slow")
+        if not done:
+            break
+        Writer(root, "last")
+        assert rows_in(root) == {
+            "sources": ["a", "b"],
+            "clips": ["a-0", "a-1", "b-0", "b-1"],
+            "keyframes": ["a-0", "b-0"],
+        }, step
+    assert step > 8
+
+
+def test_ctrl_c_waits_for_the_end_of_a_unit(root: str) -> None:
+    writer = Writer(root, "r")
+    unit(writer, "a")
+
+    def press(number: int) -> None:
+        if number == 1:  # keyframes are in, clips are not
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with at_each_step(press), pytest.raises(KeyboardInterrupt):
+        unit(writer, "b")
+    unit(writer, "c")
+    writer.publish(STAGES)
+    assert rows_in(root)["sources"] == ["a", "b", "c"]
+    assert not balance(lambda name: read(root, name), None).faults
+
+
 def test_verdicts_come_in_one_version_and_only_when_they_change(root: str) -> None:
     writer = Writer(root, "r")
     unit(writer, "a")
@@ -227,6 +379,29 @@ def test_many_commits_are_compacted_and_lose_nothing(root: str) -> None:
     assert balance(lambda name: read(root, name), None).faults == (
         "150 clip(s) pending: run the same command again",
     )
+
+
+def test_verdicts_follow_their_rows_when_others_were_replaced_and_compacted(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "COMPACT_AT", 4)
+    writer, dark = Writer(root, "r"), Stage(name="dark", rules=(Rule(column="brightness", hi=0.3),))
+    levels = {}
+    for i in range(12):
+        names = [f"s{i}", f"t{i}"]
+        gone = [f"t{i - 1}"] if i else []
+        for n, name in enumerate([*names, *gone]):
+            levels[name] = round(0.05 + 0.07 * ((i + 3 * n) % 12), 2)
+        rows = [clip_rows(n, brightness=levels[n]) for n in (*names, *gone)]
+        writer.commit(
+            sources=source_rows(*names, *gone), clips=pa.concat_tables(rows), replaces=gone
+        )
+        writer.publish(STAGES if i % 2 else (dark,))
+    found = read(root, "clips").to_table(columns=["source_id", "brightness", "state"]).to_pylist()
+    assert len(found) == 2 * len(levels)
+    for row in found:
+        assert row["brightness"] == pytest.approx(levels[row["source_id"]])
+        assert row["state"] == ("rejected" if levels[row["source_id"]] < 0.2 else "kept")
 
 
 def test_another_recipe_is_refused_in_one_line(root: str) -> None:
