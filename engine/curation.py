@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 import uuid
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -31,9 +31,9 @@ from engine.operator import Stage
 from engine.plan import STORED, Plan, Policy, first_look, settle
 from engine.sandbox import Failed
 from engine.scan import Scan
-from engine.schema import SOURCES
+from engine.schema import CLIPS, SOURCES
 from engine.sources import Listing, Source
-from engine.tables import Writer
+from engine.tables import Writer, uninterrupted
 from engine.worker import (
     PARTS,
     Job,
@@ -56,6 +56,8 @@ HASH_HERE_BYTES = 256 * 2**20
 COMMIT_AT = 64
 """Outcomes that wait for a commit at most: with `commit_every_s`, what a death may cost."""
 PUBLISH_EVERY_S = 600.0
+PUBLISH_SHARE = 0.05
+"""Of a run's time at most, that publishing verdicts before its end may take."""
 DEATHS_ALLOWED = 3
 STARVED_AFTER_S = 60.0
 
@@ -137,6 +139,9 @@ class Curation:
         watch: Callable[[Progress], None] = lambda _: None,
         about: dict[str, Any] | None = None,
     ):
+        unknown = set(scan.writes.names) - set(CLIPS.names)
+        if unknown:
+            raise ValueError(f"engine/schema.py has no column {sorted(unknown)}: add it to CLIPS")
         self.root, self.recipe, self.stages, self.options = root, recipe, stages, options
         self.connect, self.watch, self.about = connect, watch, about or {}
         self.run_id = str(uuid.uuid4())
@@ -153,7 +158,8 @@ class Curation:
         )
         self.frames_decoded = 0
         self._uncommitted: list[Outcome] = []
-        self._committed_at = self._published_at = time.monotonic()
+        self._committed_at = time.monotonic()
+        self._publish_at = self._committed_at + PUBLISH_EVERY_S
 
     def run(self, listing: Listing) -> Result:
         """Does what is left to do; on Ctrl-C commits what is done and says so in the result.
@@ -264,11 +270,16 @@ class Curation:
             hashed = _hash_here(u.source.uri for u in plan.to_hash)
         else:
             hashed = {}
-            for outcome in self._outcomes(plan.to_hash):
-                self.progress.done += 1
-                self.watch(self.progress)
-                if outcome.sha256:
-                    hashed[outcome.unit.source.uri] = outcome.sha256
+            waiting = plan.to_hash
+            for _ in range(DEATHS_ALLOWED):
+                came = set()
+                for outcome in self._outcomes(waiting):
+                    self.progress.done += 1
+                    self.watch(self.progress)
+                    came.add(outcome.unit.source.uri)
+                    if outcome.sha256:
+                        hashed[outcome.unit.source.uri] = outcome.sha256
+                waiting = [unit for unit in waiting if unit.source.uri not in came]
         self.progress.done = 0
         return hashed
 
@@ -280,7 +291,7 @@ class Curation:
             self.writer.commit(sources=_table(rows), replaces=replaced)
         touched = {source_id(s.uri): s for s in plan.touched}
         self._renew(list(touched), lambda row: row | _stat_of(touched[row["source_id"]]))
-        self._recaption({source_id(s.uri): s for s in plan.recaptioned})
+        self._recaption({source_id(s.uri): s for s in plan.recaptioned}, stored)
 
     def _renew(
         self,
@@ -298,17 +309,21 @@ class Curation:
                 in_tables=("sources",) if clips is None else ("sources", "clips"),
             )
 
-    def _recaption(self, changed: dict[str, Source]) -> None:
-        clips = _rows_of(self.writer.table("clips"), list(changed)).sort_by(
-            [("source_id", "ascending"), ("start_s", "ascending"), ("end_s", "ascending")]
-        )
+    def _recaption(self, changed: dict[str, Source], stored: dict[str, dict[str, Any]]) -> None:
+        clips = _rows_of(self.writer.table("clips"), list(changed))
         parts = [
-            with_captions(clips.filter(pc.equal(clips["source_id"], key)), source)
+            with_captions(
+                clips.filter(pc.equal(clips["source_id"], key)),
+                source,
+                stored[source.uri]["sha256"],
+            )
             for key, source in changed.items()
         ]
         self._renew(
             list(changed),
-            lambda row: row | _beside(changed[row["source_id"]]),
+            lambda row: (
+                row | _stat_of(changed[row["source_id"]]) | _beside(changed[row["source_id"]])
+            ),
             pa.concat_tables(parts) if parts else None,
         )
 
@@ -317,15 +332,19 @@ class Curation:
     def _scan(self, units: Sequence[Unit], stored: dict[str, dict[str, Any]]) -> None:
         """Scans units in waves; parts of long sources, and what a dead worker had, come again."""
         self._stored_rows = stored
-        waiting = list(units)
+        waves = deque(_waves(units))
         settled: set[str] = set()
-        while waiting:
-            wave, waiting = waiting[:WAVE], waiting[WAVE:]
-            came: dict[tuple[str, int | None], Outcome] = {}
+        joining: set[str] = set()
+        while waves:
+            wave = waves.popleft()
+            came: set[tuple[str, int | None]] = set()
+            further: list[Unit] = []
             for outcome in self._outcomes(wave):
-                came[outcome.unit.source.uri, outcome.unit.part] = outcome
-                waiting += self._take(outcome, settled)
-            waiting += self._again(wave, came, settled)
+                came.add((outcome.unit.source.uri, outcome.unit.part))
+                further += self._take(outcome, settled)
+            waves += _waves(further)
+            waves += self._again(wave, came, settled)
+            waves += self._unjoined(wave, waves, settled, joining)
 
     def _take(self, outcome: Outcome, settled: set[str]) -> list[Unit]:
         """Counts an outcome and queues its rows; gives the units that it calls for."""
@@ -349,40 +368,56 @@ class Curation:
             ]
             self.progress.parts += len(further)
         self.watch(self.progress)
-        now = time.monotonic()
-        if len(self._uncommitted) >= COMMIT_AT or self._is_due(now):
+        began = time.monotonic()
+        if len(self._uncommitted) >= COMMIT_AT or self._is_due(began):
             self._commit()
-        if now - self._published_at > PUBLISH_EVERY_S:
+        if began > self._publish_at:
             self.writer.publish(self.stages)
-            self._published_at = time.monotonic()
+            now = time.monotonic()
+            self._publish_at = now + max(PUBLISH_EVERY_S, (now - began) / PUBLISH_SHARE)
         return further
 
     def _again(
+        self, wave: Sequence[Unit], came: set[tuple[str, int | None]], settled: set[str]
+    ) -> list[list[Unit]]:
+        """What was lost of a wave, in halves: a unit is given up when its worker dies on it alone.
+
+        Ray says that a worker was lost, not on what; the other units of the wave are innocent.
+        """
+        lost = [
+            dataclasses.replace(unit, died=unit.died + 1)
+            for unit in wave
+            if (unit.source.uri, unit.part) not in came and unit.source.uri not in settled
+        ]
+        if len(wave) == len(lost) == 1:
+            self._give_up(lost[0], f"its worker died {DEATHS_ALLOWED + 1} times", settled)
+            return []
+        half = len(lost) // 2
+        return [some for some in (lost[:half], lost[half:]) if some]
+
+    def _unjoined(
         self,
         wave: Sequence[Unit],
-        came: dict[tuple[str, int | None], Outcome],
+        waves: Iterable[Sequence[Unit]],
         settled: set[str],
-    ) -> list[Unit]:
-        """What of a wave must be done again, alone with its deaths counted, or is given up."""
-        again, joined = [], defaultdict(list)
-        for unit in wave:
-            uri = unit.source.uri
-            if uri in settled:
-                continue
-            if (uri, unit.part) in came:
-                if unit.part is not None:
-                    joined[uri].append(unit)
-            elif unit.died + 1 >= DEATHS_ALLOWED:
-                message = f"its worker died {DEATHS_ALLOWED} times"
-                gone = failed(self.job, unit, Failed("WorkerDied", message, transient=True))
-                self._take(gone, settled)
-            else:
-                again.append(dataclasses.replace(unit, died=unit.died + 1))
-        for uri, units in joined.items():
-            if uri not in settled and not any(u.source.uri == uri for u in again):
-                # every part is parked, and whoever should have joined them died
-                again.append(dataclasses.replace(units[0], part=0, died=units[0].died + 1))
-        return again
+        joining: set[str],
+    ) -> list[list[Unit]]:
+        """Units that join parts which are all scanned, where whoever should have done it died."""
+        unsettled = {
+            u.source.uri: u for u in wave if u.part is not None and u.source.uri not in settled
+        }
+        if unsettled:
+            for unit in (u for one in waves for u in one if u.part is not None):
+                unsettled.pop(unit.source.uri, None)
+        for uri in joining & unsettled.keys():
+            self._give_up(
+                unsettled.pop(uri), "its parts were lost before they were joined", settled
+            )
+        joining |= unsettled.keys()
+        return [[dataclasses.replace(unit, part=0)] for unit in unsettled.values()]
+
+    def _give_up(self, unit: Unit, why: str, settled: set[str]) -> None:
+        self._take(failed(self.job, unit, Failed("WorkerDied", why, transient=True)), settled)
 
     def _outcomes(self, units: Sequence[Unit]) -> Iterator[Outcome]:
         """Outcomes as they come. Units whose worker died too often have none."""
@@ -421,13 +456,21 @@ class Curation:
             yield pickle.loads(item)
 
     def _feed(self, units: Sequence[Unit], found: queue.SimpleQueue[Any]) -> None:
-        cores = int(ray.cluster_resources().get("CPU", 1))
+        try:
+            for row in self._pipeline(units).iter_rows():
+                found.put(row["outcome"])
+            found.put(None)
+        except BaseException as error:  # noqa: BLE001 - the driver's thread raises it
+            found.put(error)
+
+    def _pipeline(self, units: Sequence[Unit]) -> ray.data.Dataset:
+        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
         workers = min(len(units), self.options.workers or cores)
         blocks = [
             pa.table({"unit": [pickle.dumps(unit) for unit in bundle]})
             for bundle in _bundles(units, at_most=-(-len(units) // (4 * workers)))
         ]
-        pipeline = ray.data.from_arrow(blocks).map_batches(
+        return ray.data.from_arrow(blocks).map_batches(
             Reader,
             fn_constructor_args=(self.job,),
             batch_size=1,
@@ -442,18 +485,16 @@ class Curation:
             max_restarts=-1,
             max_task_retries=DEATHS_ALLOWED,
         )
-        try:
-            for row in pipeline.iter_rows():
-                found.put(row["outcome"])
-            found.put(None)
-        except BaseException as error:  # noqa: BLE001 - the driver's thread raises it
-            found.put(error)
 
     def _is_due(self, now: float) -> bool:
         return now - self._committed_at > self.options.commit_every_s
 
     def _commit(self) -> None:
         """Commits what has come, in one unit; keeps good rows where a re-read failed for now."""
+        with uninterrupted():  # or what is on its way to the tables is lost
+            self._commit_waiting()
+
+    def _commit_waiting(self) -> None:
         self._committed_at = time.monotonic()
         outcomes, self._uncommitted = self._uncommitted, []
         rows, clips, keyframes, replaces = [], [], [], []
@@ -484,6 +525,10 @@ class Curation:
         assert unit.heir_of is not None
         row = _rows_of(self.writer.table("sources"), [source_id(unit.heir_of)]).to_pylist()[0]
         return row | {"state": "duplicate", "duplicate_of": unit.source_id, "num_clips": 0}
+
+
+def _waves(units: Sequence[Unit]) -> list[Sequence[Unit]]:
+    return [units[start : start + WAVE] for start in range(0, len(units), WAVE)]
 
 
 def _bundles(units: Sequence[Unit], at_most: int) -> Iterator[list[Unit]]:

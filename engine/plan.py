@@ -43,9 +43,9 @@ class Plan:
     to_hash: list[Unit] = field(default_factory=list)
     """Their content decides: the same may be stored already, or be listed twice."""
     touched: list[Source] = field(default_factory=list)
-    """The same content with another time stamp: the row is renewed, nothing is scanned."""
+    """The same content with another time stamp, or back: the row is renewed, nothing is scanned."""
     recaptioned: list[Source] = field(default_factory=list)
-    """Only what lies beside the file has changed."""
+    """The same, and what lies beside the file has changed."""
     missing: list[str] = field(default_factory=list)
     """uris of stored sources that are gone."""
     duplicates: list[tuple[Source, str, str]] = field(default_factory=list)
@@ -100,6 +100,7 @@ def settle(
         policy: As for `first_look`.
     """
     open_ = plan.hashes | dict(hashed)
+    unread = {u.source.uri for u in plan.to_hash} - set(hashed)
     readable = {s.uri: s for s in sources if not s.error}
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for uri in sorted({*readable, *stored}):
@@ -112,7 +113,7 @@ def settle(
         first, heir_of = _who_stands(uris, sha256, readable, stored)
         for uri in uris:
             source, row = readable.get(uri), stored.get(uri)
-            if source is None:
+            if source is None or uri in unread:
                 continue
             if uri != first:
                 if uri in open_ or row is None or row["duplicate_of"] != source_id(first):
@@ -120,12 +121,12 @@ def settle(
             elif heir_of or (row and row["state"] == "duplicate"):
                 plan.units.append(Unit(source=source, sha256=sha256, heir_of=heir_of))
             elif uri in open_:
-                done = row is not None and row["sha256"] == sha256 and row["state"] == "done"
-                if done and row is not None and _work_stands(source, row, policy):
-                    plan.touched.append(source)
-                else:
+                if not row or row["sha256"] != sha256 or not _work_stands(source, row, policy):
                     plan.units.append(Unit(source=source, sha256=sha256))
-    unread = {u.source.uri for u in plan.to_hash} - set(hashed)
+                elif row["beside"] != beside_of(source):
+                    plan.recaptioned.append(source)
+                else:
+                    plan.touched.append(source)
     plan.units += [Unit(source=readable[uri]) for uri in sorted(unread)]
 
 

@@ -1,7 +1,8 @@
 """The tables of a dataset, column by column: the one place that names them.
 
-Column names carry their unit (`_s _px _fps _bytes _frac`), scores end in `_score`, counts start
-with `num_`. What a run did not measure, and what does not apply, is null. Schema changes are additive.
+Column names carry their unit (`_s _px _fps _bytes _frac`), scores end in `_score`,
+counts start with `num_`. What a run did not measure, and what does not apply, is null. Schema
+changes are additive.
 """
 
 from __future__ import annotations

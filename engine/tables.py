@@ -2,9 +2,9 @@
 
 How a driver that lost its lease is kept from adding rows (two Lance appends from one version both
 land, so a lease alone cannot): whoever takes a dataset over first commits a *seal* on every table,
-a `Merge` that changes nothing. Lance lets no append, update, merge or compaction land that was begun
-before a `Merge`, so nothing of an earlier driver can, however late it wakes. Every later commit
-starts from the version that this driver made itself, and its manifest is written put-if-absent.
+a `Merge` that changes nothing. Lance lets no append, update, merge or compaction land that was
+begun before a `Merge`, so nothing of an earlier driver can, however late it wakes. Every later
+commit starts from the version that this driver made itself, and its manifest is written put-if-absent.
 
 A unit of work touches several tables. `sources` is committed last, and its transaction says which
 versions of the others belong to it: rows that a dead driver committed beyond those are taken back

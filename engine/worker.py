@@ -72,7 +72,7 @@ class Unit:
     """All parts of a long source, planned by the unit that found it long."""
     part: int | None = None
     died: int = 0
-    """Workers that died on it."""
+    """Times that a worker was lost with it: then nothing shares its fate."""
 
     @property
     def source_id(self) -> str:
@@ -259,13 +259,14 @@ def _complete(found: pa.Table, source: Source, sha256: str) -> pa.Table:
         ],
         schema=CLIPS,
     )
-    return with_captions(table, source)
+    return with_captions(table, source, sha256)
 
 
-def with_captions(clips: pa.Table, source: Source) -> pa.Table:
-    """A source's clips, in time order, with what lies beside it today."""
-    whole = Span(start_s=0.0, end_s=0.0, caption=source.caption, extra=source.extra)
-    beside = source.spans or (whole,) * clips.num_rows
+def with_captions(clips: pa.Table, source: Source, sha256: str) -> pa.Table:
+    """A source's clips with what lies beside it today."""
+    whole = Span(start_s=0.0, end_s=0.0)
+    spans = {clip_id(sha256, s.start_s, s.end_s): s for s in source.spans}
+    beside = [spans.get(key, whole) for key in clips["clip_id"].to_pylist()]
     for name, values in (
         ("caption_original", [s.caption or source.caption for s in beside]),
         ("extra", [s.extra or source.extra for s in beside]),

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import av
 import cv2
@@ -39,6 +39,7 @@ from engine.schema import CLIPS, SOURCES
 from engine.tables import Writer, create, read
 from pipelines.recipes import CLASSIC
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 MILLION = 1_000_000
 CLIPS_A_COMMIT = 2_500
 MANY_SOURCES = 1_000

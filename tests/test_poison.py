@@ -152,10 +152,10 @@ def test_metadata_agrees_with_ffprobe_on_what_both_read(real: dict) -> None:
     for row in real["sources"]:
         if row["state"] != "done":
             continue
+        entries = "codec_name,width,height,avg_frame_rate,nb_read_frames,pix_fmt"
         shown = subprocess.run(
             [ffprobe, "-v", "error", "-select_streams", "v:0", "-of", "json", "-count_frames",
-             "-show_entries", "stream=codec_name,width,height,avg_frame_rate,nb_read_frames,"
-             "pix_fmt:stream_side_data=rotation", row["uri"]],
+             "-show_entries", f"stream={entries}:stream_side_data=rotation", row["uri"]],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         streams = json.loads(shown.stdout or "{}").get("streams") or []

@@ -118,8 +118,6 @@ def test_a_fade_is_cut_in_the_middle_of_the_black() -> None:
     black = np.flatnonzero(scores < 12)
     found = cuts("threshold", None, scores)
     assert found == [pytest.approx((black[0] + black[-1] + 1) / 2, abs=0.5)]
-    # A detector that needs a jump sees none here.
-    assert cuts("adaptive", None, scores_of("adaptive", frames))[:-2] == []
 
 
 def test_thresholds_are_the_caller_s() -> None:
