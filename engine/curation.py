@@ -6,9 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import pickle
-import queue
-import threading
 import time
 import uuid
 from collections import deque
@@ -22,12 +19,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import ray.data
 
 from engine import storage
 from engine.accounts import Accounts, balance
 from engine.lease import EXPIRY_S, Lease
 from engine.operator import Stage
+from engine.pipeline import DEATHS_ALLOWED, outcomes
 from engine.plan import STORED, Plan, Policy, first_look, settle
 from engine.sandbox import Failed
 from engine.scan import Scan
@@ -38,7 +35,6 @@ from engine.worker import (
     PARTS,
     Job,
     Outcome,
-    Reader,
     Unit,
     beside_of,
     duplicate_row,
@@ -49,8 +45,6 @@ from engine.worker import (
 
 WAVE = 10_000
 """Units given to one Ray Data execution: its bookkeeping must stay bounded."""
-BUNDLE_UNITS, BUNDLE_BYTES = 16, 16 * 2**20
-"""Small sources go to a worker in bundles, for Ray's bookkeeping is per bundle."""
 HASH_HERE_BYTES = 256 * 2**20
 """Up to so much is hashed by the driver: less than it takes to start workers."""
 COMMIT_AT = 64
@@ -58,17 +52,8 @@ COMMIT_AT = 64
 PUBLISH_EVERY_S = 600.0
 PUBLISH_SHARE = 0.05
 """Of a run's time at most, that publishing verdicts before its end may take."""
-DEATHS_ALLOWED = 3
-STARVED_AFTER_S = 60.0
 
 _log = logging.getLogger(__name__)
-_LOST_WORKER = (
-    ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.OutOfMemoryError,
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.NodeDiedError,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +186,7 @@ class Curation:
                 }
             )
             if not interrupted:
-                self._forget_parts()
+                storage.delete_folder(storage.join(self.root, PARTS))
         return Result(
             root=self.root,
             run_id=self.run_id,
@@ -210,12 +195,6 @@ class Curation:
             seconds=seconds,
             interrupted=interrupted,
         )
-
-    def _forget_parts(self) -> None:
-        parts = storage.join(self.root, PARTS)
-        for folder in storage.names_in(parts):
-            for name in storage.names_in(storage.join(parts, folder)):
-                storage.delete(storage.join(parts, folder, name))
 
     # Planning
 
@@ -233,7 +212,7 @@ class Curation:
         hashed = self._hash(plan)
         settle(plan, hashed, listing.sources, stored, policy)
         self._commit_settled(plan, stored)
-        self.progress.sources, self.progress.doing = len(plan.units), "scanning"
+        self.progress = Progress(sources=len(plan.units), doing="scanning")
         self._scan(plan.units, stored)
 
     def _stored(self) -> dict[str, dict[str, Any]]:
@@ -241,12 +220,15 @@ class Curation:
         return {row["uri"]: row for row in rows}
 
     def _unmeasured(self) -> frozenset[str]:
-        """Sources with a clip that no rule on what is known of it rejects, yet lacks a signal."""
-        wanted = "state = 'pending'"
+        """Sources with clips to measure: no rule on what is known rejects them, or all are."""
+        wanted = [("clips", "state = 'pending'")]
         if self.options.measure_all:
-            wanted += " OR (state = 'rejected' AND brightness IS NULL AND error_type IS NULL)"
-        found = self.writer.table("clips").to_table(columns=["source_id"], filter=wanted)
-        return frozenset(found["source_id"].to_pylist())
+            wanted.append(("sources", "state = 'done' AND NOT scanned"))
+        found: set[str] = set()
+        for name, which in wanted:
+            rows = self.writer.table(name).to_table(columns=["source_id"], filter=which)
+            found.update(rows["source_id"].to_pylist())
+        return frozenset(found)
 
     def _vanished(self, listing: Listing, stored: dict[str, dict[str, Any]]) -> list[str]:
         listed = {s.uri for s in listing.sources}
@@ -264,7 +246,7 @@ class Curation:
 
     def _hash(self, plan: Plan) -> dict[str, str]:
         """Content hashes of what must be known before it is decided what to scan."""
-        self.progress.sources, self.progress.doing = len(plan.to_hash), "hashing"
+        self.progress = Progress(sources=len(plan.to_hash), doing="hashing")
         self.watch(self.progress)
         if sum(u.source.size_bytes or 0 for u in plan.to_hash) <= HASH_HERE_BYTES:
             hashed = _hash_here(u.source.uri for u in plan.to_hash)
@@ -280,7 +262,6 @@ class Curation:
                     if outcome.sha256:
                         hashed[outcome.unit.source.uri] = outcome.sha256
                 waiting = [unit for unit in waiting if unit.source.uri not in came]
-        self.progress.done = 0
         return hashed
 
     def _commit_settled(self, plan: Plan, stored: dict[str, dict[str, Any]]) -> None:
@@ -413,78 +394,24 @@ class Curation:
             self._give_up(
                 unsettled.pop(uri), "its parts were lost before they were joined", settled
             )
-        joining |= unsettled.keys()
+        joining.update(unsettled)
         return [[dataclasses.replace(unit, part=0)] for unit in unsettled.values()]
 
     def _give_up(self, unit: Unit, why: str, settled: set[str]) -> None:
         self._take(failed(self.job, unit, Failed("WorkerDied", why, transient=True)), settled)
 
     def _outcomes(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        """Outcomes as they come. Units whose worker died too often have none."""
-        if not units:
-            return
-        if not ray.is_initialized():
+        """Outcomes as they come, committed in between. Units whose worker died have none."""
+        if units and not ray.is_initialized():
             _log.info("%s", self._connection.enter_context(self.connect()))
-        began, silent = time.monotonic(), True
-        found: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._feed, args=(units, found), daemon=True).start()
-        while True:
-            try:
-                item = found.get(timeout=min(1.0, self.options.commit_every_s))
-            except queue.Empty:
-                self.watch(self.progress)
-                if silent and time.monotonic() - began > STARVED_AFTER_S:
-                    silent = False
-                    free = ray.available_resources().get("CPU", 0)
-                    _log.warning(
-                        "nothing has come in %.0f s; %g CPUs of the cluster are free: if"
-                        " other work holds them, this run waits",
-                        STARVED_AFTER_S,
-                        free,
-                    )
-                if self._uncommitted and self._is_due(time.monotonic()):
-                    self._commit()
+        wait_s = min(1.0, self.options.commit_every_s)
+        for outcome in outcomes(units, self.job, workers=self.options.workers, wait_s=wait_s):
+            if outcome is not None:
+                yield outcome
                 continue
-            silent = False
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                if isinstance(item, _LOST_WORKER) and "creation task" not in str(item):
-                    _log.warning("a worker was lost: %s", str(item).splitlines()[0])
-                    return
-                raise item
-            yield pickle.loads(item)
-
-    def _feed(self, units: Sequence[Unit], found: queue.SimpleQueue[Any]) -> None:
-        try:
-            for row in self._pipeline(units).iter_rows():
-                found.put(row["outcome"])
-            found.put(None)
-        except BaseException as error:  # noqa: BLE001 - the driver's thread raises it
-            found.put(error)
-
-    def _pipeline(self, units: Sequence[Unit]) -> ray.data.Dataset:
-        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        workers = min(len(units), self.options.workers or cores)
-        blocks = [
-            pa.table({"unit": [pickle.dumps(unit) for unit in bundle]})
-            for bundle in _bundles(units, at_most=-(-len(units) // (4 * workers)))
-        ]
-        return ray.data.from_arrow(blocks).map_batches(
-            Reader,
-            fn_constructor_args=(self.job,),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=1,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1,
-                max_size=workers,
-                initial_size=workers,
-                max_tasks_in_flight_per_actor=2,
-            ),
-            max_restarts=-1,
-            max_task_retries=DEATHS_ALLOWED,
-        )
+            self.watch(self.progress)
+            if self._uncommitted and self._is_due(time.monotonic()):
+                self._commit()
 
     def _is_due(self, now: float) -> bool:
         return now - self._committed_at > self.options.commit_every_s
@@ -496,9 +423,9 @@ class Curation:
 
     def _commit_waiting(self) -> None:
         self._committed_at = time.monotonic()
-        outcomes, self._uncommitted = self._uncommitted, []
+        waiting, self._uncommitted = self._uncommitted, []
         rows, clips, keyframes, replaces = [], [], [], []
-        for outcome in outcomes:
+        for outcome in waiting:
             assert outcome.source_row is not None
             row, old = outcome.source_row, self._stored_rows.get(outcome.unit.source.uri)
             if old and old["state"] == "done" and row["state"] == "failed" and row["transient"]:
@@ -529,21 +456,6 @@ class Curation:
 
 def _waves(units: Sequence[Unit]) -> list[Sequence[Unit]]:
     return [units[start : start + WAVE] for start in range(0, len(units), WAVE)]
-
-
-def _bundles(units: Sequence[Unit], at_most: int) -> Iterator[list[Unit]]:
-    """Small units together; large ones, parts, and those on which a worker died, alone."""
-    bundle: list[Unit] = []
-    size = 0
-    for unit in units:
-        own = BUNDLE_BYTES if unit.died or unit.part is not None else unit.source.size_bytes or 0
-        full = len(bundle) >= min(at_most, BUNDLE_UNITS) or size + own > BUNDLE_BYTES
-        if bundle and full:
-            yield bundle
-            bundle, size = [], 0
-        bundle.append(unit)
-        size += own
-    yield bundle
 
 
 def _hash_here(uris: Iterable[str]) -> dict[str, str]:

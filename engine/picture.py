@@ -92,22 +92,30 @@ class Shrinker:
     def _shrink(
         self, image: np.ndarray, size: tuple[int, int], role: str, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """Averages down: exact halves first, for which OpenCV has fast code."""
+        """Averages down by halves, then interpolates.
+
+        OpenCV has fast code for both, and none for averaging by any other factor. Halves of an odd
+        side are interpolated, which is as good as exact.
+        """
         height, width = image.shape[:2]
-        channels = image.shape[2] if image.ndim == 3 else 1
-        while width >= 2 * size[0] and height >= 2 * size[1] and not (width % 2 or height % 2):
+        single = image.ndim == 2
+        while width >= 2 * size[0] and height >= 2 * size[1]:
+            exact = not (width % 2 or height % 2)
             width, height = width // 2, height // 2
-            last = (width, height) == size
-            target = out if last else None
-            if target is None and channels == 1:
+            target = out if (width, height) == size else None
+            if target is None and single:
                 target = self._buffer(role, (width, height), image.dtype)
-            image = cv2.resize(image, (width, height), target, interpolation=cv2.INTER_AREA)
-        if (width, height) == size:
-            if out is None or image is out:
-                return image
-            out[...] = image
-            return out
-        return cv2.resize(image, size, out, interpolation=cv2.INTER_AREA)
+            how = cv2.INTER_AREA if exact else cv2.INTER_LINEAR
+            image = cv2.resize(image, (width, height), target, interpolation=how)
+        if (width, height) != size:
+            # Where one side shrinks by more than two, as in odd shapes, only averaging is right.
+            far = width > 2 * size[0] or height > 2 * size[1]
+            how = cv2.INTER_AREA if far else cv2.INTER_LINEAR
+            return cv2.resize(image, size, out, interpolation=how)
+        if out is None or image is out:
+            return image
+        out[...] = image
+        return out
 
     def _buffer(
         self, role: str, size: tuple[int, int], dtype: np.typing.DTypeLike = np.uint8

@@ -128,6 +128,9 @@ def settle(
                 else:
                     plan.touched.append(source)
     plan.units += [Unit(source=readable[uri]) for uri in sorted(unread)]
+    placed = {u.source.uri for u in plan.units} | {s.uri for s, _, _ in plan.duplicates}
+    plan.touched = [s for s in plan.touched if s.uri not in placed]
+    plan.recaptioned = [s for s in plan.recaptioned if s.uri not in placed]
 
 
 def _who_stands(

@@ -64,6 +64,7 @@ class Sandbox:
     def _call_once(self, argument: Any) -> Any:
         pipe = self._start()
         try:
+            self._forget_what_was_said()
             pipe.send(argument)
             if not pipe.poll(self.time_limit_s):
                 self.close()
@@ -72,7 +73,7 @@ class Sandbox:
                     f"took longer than the time limit of {self.time_limit_s:g} s (--time-limit-s)",
                 )
             outcome, *values = pipe.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # the latter in the middle of an answer
             raise ChildProcessError(self._epitaph()) from None
         if outcome == "memory":
             self.close()  # what it still holds is unknown
@@ -90,28 +91,34 @@ class Sandbox:
         if self._pipe is not None and self._child is not None and self._child.poll() is None:
             return self._pipe
         self.close()
-        ours, theirs = socket.socketpair()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self._child = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import sys; from engine.sandbox import serve; serve(*sys.argv[1:])",
-                str(theirs.fileno()),
-                self.target,
-                str(self.memory_limit_bytes),
-                str(os.getpid()),
-            ],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._stderr,
-            env=os.environ | {"PYTHONPATH": path},
-        )
-        theirs.close()
-        self._pipe = Connection(ours.detach())
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self._child = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    "import sys; from engine.sandbox import serve; serve(*sys.argv[1:])",
+                    str(theirs.fileno()),
+                    self.target,
+                    str(self.memory_limit_bytes),
+                    str(os.getpid()),
+                ],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
+                env=os.environ | {"PYTHONPATH": path},
+            )
+            self._pipe = Connection(ours.detach())
         return self._pipe
+
+    def _forget_what_was_said(self) -> None:
+        """Else a child that lives long and complains of every file fills the disk."""
+        assert self._stderr is not None
+        self._stderr.seek(0)  # the child writes where this stands
+        self._stderr.truncate()
 
     def _epitaph(self) -> str:
         assert self._child is not None and self._stderr is not None

@@ -11,13 +11,14 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 from av.video.frame import PictureType
 
-from engine.keyframes import Keyframes, Marks, choose
+from engine.assemble import Spans, assemble, described
+from engine.keyframes import Keyframes, Marks
 from engine.operator import Operator
 from engine.picture import Shrinker, Upright, small_size
 from engine.segments import Segment, plan
@@ -27,9 +28,7 @@ from engine.shots import (
     Boundaries,
     FrameScorer,
     Shots,
-    cuts,
     look_ahead,
-    spans_of_shots,
 )
 from engine.signals import (
     LONGER_SIDE_PX,
@@ -46,51 +45,36 @@ from engine.video import (
     Media,
     Metadata,
     Video,
+    check_complete,
     decode,
     metadata_of,
     open_video,
     probe,
 )
 
-Spans = Sequence[tuple[float, float]]
 _BATCH = 64
-
-
-def _field(name: str, kind: pa.DataType, about: str, unit: str = "") -> pa.Field:
-    return pa.field(name, kind, metadata={"about": about} | ({"unit": unit} if unit else {}))
 
 
 _CLIP = pa.schema(
     [
-        _field("start_s", pa.float64(), "first frame's time", "s"),
-        _field("end_s", pa.float64(), "end of the last frame's time", "s"),
-        _field("start_frame", pa.int64(), "index of the first frame in the source"),
-        _field("num_frames", pa.int64(), "frames in the clip"),
-        _field("fps", pa.float64(), "average frame rate", "frames/s"),
-        _field("width_px", pa.int32(), "as shown", "px"),
-        _field("height_px", pa.int32(), "as shown", "px"),
-        _field("duration_s", pa.float64(), "end_s - start_s", "s"),
-        _field("aspect_ratio", pa.float64(), "shown width / shown height"),
-        _field("codec", pa.string(), "video codec of the source"),
+        described("start_s", pa.float64(), "first frame's time", "s"),
+        described("end_s", pa.float64(), "end of the last frame's time", "s"),
+        described("start_frame", pa.int64(), "index of the first frame in the source"),
+        described("num_frames", pa.int64(), "frames in the clip"),
+        described("fps", pa.float64(), "average frame rate", "frames/s"),
+        described("width_px", pa.int32(), "as shown", "px"),
+        described("height_px", pa.int32(), "as shown", "px"),
+        described("duration_s", pa.float64(), "end_s - start_s", "s"),
+        described("aspect_ratio", pa.float64(), "shown width / shown height"),
+        described("codec", pa.string(), "video codec of the source"),
     ]
 )
 _ERRORS = pa.schema(
     [
-        _field("error_type", pa.string(), "class of a failed measurement"),
-        _field("error", pa.string(), "what was wrong, for a person"),
+        described("error_type", pa.string(), "class of a failed measurement"),
+        described("error", pa.string(), "what was wrong, for a person"),
     ]
 )
-KEYFRAMES = pa.schema(
-    [
-        _field("clip", pa.int64(), "row of its clip"),
-        _field("frame", pa.int64(), "index of the frame in the source"),
-        _field("time_s", pa.float64(), "time of the frame in the source", "s"),
-        _field("width_px", pa.int32(), "upright, square pixels", "px"),
-        _field("height_px", pa.int32(), "upright, square pixels", "px"),
-        _field("jpeg", pa.binary(), "the picture"),
-    ]
-)
-"""Columns of the keyframes of a scan."""
 _CANDIDATES = pa.schema(
     [
         ("pts", pa.int64()),
@@ -201,13 +185,21 @@ class SegmentScan:
         return cls(frames=frames.replace_schema_metadata(None), keyframes=keyframes, **facts)
 
 
-def plan_segments(media: Media, scan: Scan) -> tuple[Segment, ...]:
+def plan_segments(
+    media: Media, scan: Scan, metadata: Metadata | None = None
+) -> tuple[Segment, ...]:
     """The parts that a source is scanned in, which depend on the file and `segment_s` alone.
+
+    Args:
+        media: Local path, or a seekable binary file.
+        scan: Of which `segment_s` counts.
+        metadata: From `probe`, which is called where it is not given.
 
     Raises:
         VideoError: It cannot be read as a video.
     """
-    return plan(media, scan.segment_s, scan.max_pixels)
+    metadata = metadata or probe(media, max_pixels=scan.max_pixels)
+    return plan(media, metadata, scan.segment_s, scan.max_pixels)
 
 
 def scan_source(media: Media, scan: Scan, spans: Spans = ()) -> tuple[Metadata, pa.Table, pa.Table]:
@@ -222,8 +214,10 @@ def scan_source(media: Media, scan: Scan, spans: Spans = ()) -> tuple[Metadata, 
         VideoError: The content cannot be used.
         OSError: The file cannot be read.
     """
-    metadata = probe(media, max_pixels=scan.max_pixels)
-    return assemble(metadata, [scan_segment(media, scan, Segment(), spans)], scan, spans)
+    with open_video(media, max_pixels=scan.max_pixels) as video:
+        check_complete(video, media)
+        metadata, part = _scan(video, scan, Segment(), spans)
+    return assemble(metadata, [part], scan, spans)
 
 
 def scan_segment(media: Media, scan: Scan, segment: Segment, spans: Spans = ()) -> SegmentScan:
@@ -234,16 +228,21 @@ def scan_segment(media: Media, scan: Scan, segment: Segment, spans: Spans = ()) 
         OSError: The file cannot be read.
     """
     with open_video(media, max_pixels=scan.max_pixels) as video:
-        start = segment.start_pts
-        frames = decode(video, start_pts=start, seek_ts=segment.seek_ts, max_pixels=scan.max_pixels)
-        first = next(frames, None)
-        if first is None:
-            raise DamagedError("no frame could be decoded")
-        if start is not None and first.pts != start:
-            raise DamagedError(f"the key frame at {video.seconds(start):.2f} s gives no picture")
-        part = _Part(scan, segment, metadata_of(video, first.picture), spans)
-        part.read(first, frames)
-        return part.result(video)
+        return _scan(video, scan, segment, spans)[1]
+
+
+def _scan(video: Video, scan: Scan, segment: Segment, spans: Spans) -> tuple[Metadata, SegmentScan]:
+    start = segment.start_pts
+    frames = decode(video, start_pts=start, seek_ts=segment.seek_ts, max_pixels=scan.max_pixels)
+    first = next(frames, None)
+    if first is None:
+        raise DamagedError("no frame could be decoded")
+    if start is not None and first.pts != start:
+        raise DamagedError(f"the key frame at {video.seconds(start):.2f} s gives no picture")
+    metadata = metadata_of(video, first.picture)
+    part = _Part(scan, segment, metadata, spans)
+    part.read(first, frames)
+    return metadata, part.result(video)
 
 
 class _Part:
@@ -291,9 +290,7 @@ class _Part:
     @property
     def _look_ahead(self) -> int:
         """Frames of the next part that settle the boundaries which are this part's to find."""
-        if self._boundaries is None or not self._reach:
-            return 0
-        return SETTLED_AFTER - 1 + self._reach
+        return 0 if self._boundaries is None else SETTLED_AFTER - 1 + self._reach
 
     def _see(self, index: int, frame: Frame, before_s: float | None, after: int) -> None:
         begins_file = index == 0 and self._segment.index == 0
@@ -385,166 +382,3 @@ class _Signals:
             chunks.append(column.slice(self._context))
         self._images[0] = self._images[count - 1]
         self._frames, self._context = self._frames[-1:], 1
-
-
-def assemble(
-    metadata: Metadata, parts: Sequence[SegmentScan], scan: Scan, spans: Spans = ()
-) -> tuple[Metadata, pa.Table, pa.Table]:
-    """Decides a source's clips from what its parts gave.
-
-    Args:
-        metadata: From `probe`.
-        parts: All parts, of the same scan and spans.
-        scan: What was measured.
-        spans: As `scan_segment` got them.
-
-    Returns:
-        The metadata with length, frames and rate as decoded; clips with the columns of
-        `scan.writes`, in order of time or of `spans`; keyframes with those of `KEYFRAMES`.
-    """
-    frames, end_s = _joined(parts)
-    times = frames["time_s"].to_numpy()
-    length_s = end_s - times[0]
-    rate = len(times) / length_s if length_s > 0 else metadata.fps
-    metadata = dataclasses.replace(
-        metadata, num_frames=len(times), duration_s=length_s, fps=_rate(metadata.fps, rate)
-    )
-    ranges = _ranges(scan, frames, times, end_s, spans)
-    rows = [_clip(metadata, scan, frames, times, end_s, first, after) for first, after in ranges]
-    for row, (first, after), span in zip(rows, ranges, spans, strict=bool(spans)):
-        if first == after:
-            row.update(_outside(span, end_s))
-    clips = pa.Table.from_pylist(rows, schema=scan.writes)
-    return metadata, clips, _chosen(scan, parts, frames, times, end_s, ranges)
-
-
-def _joined(parts: Sequence[SegmentScan]) -> tuple[pa.Table, float]:
-    """One row a frame of the whole source, and the end of the last."""
-    parts = sorted(parts, key=lambda p: p.index)
-    assert [p.index for p in parts] == list(range(len(parts))), "a part is missing"
-    tables: list[pa.Table] = []
-    for part, following in zip(parts, [*parts[1:], None], strict=True):
-        table = part.frames if part.index == 0 else part.frames.slice(1)
-        if following is not None and table["pts"][-1] != following.frames["pts"][0]:
-            raise DamagedError(f"part {part.index + 1} does not begin where it was planned")
-        tables.append(table)
-    last_s = parts[-1].last_s
-    assert last_s is not None, "the last part does not reach the end"
-    frames = pa.concat_tables(tables).combine_chunks()
-    times = frames["time_s"].to_numpy()
-    before_s = times[-1] - times[-2] if len(times) > 1 else 0.0
-    # Some containers give the last frame one tick of their clock.
-    return frames, float(times[-1] + (last_s if last_s >= before_s / 2 else before_s))
-
-
-def _rate(claimed: float | None, found: float | None) -> float | None:
-    """The claimed rate where frames come at it, which is the exact fraction; else the one found."""
-    if claimed is not None and found is not None and abs(found - claimed) <= 0.01 * claimed:
-        return claimed
-    return found
-
-
-def _ranges(
-    scan: Scan, frames: pa.Table, times: np.ndarray, end_s: float, spans: Spans
-) -> list[tuple[int, int]]:
-    """First and next-after-last frame of each clip."""
-    if spans:
-        bounds = np.searchsorted(times, np.array(spans, np.float64).ravel()).reshape(-1, 2)
-        return [(first, max(first, after)) for first, after in bounds.tolist()]
-    if scan.shots == "none":
-        slots = np.floor(times / scan.clip_seconds)
-        begins = [0, *(np.flatnonzero(slots[1:] != slots[:-1]) + 1).tolist()]
-        return list(zip(begins, [*begins[1:], len(times)], strict=True))
-    found = cuts(scan.shots, scan.shot_threshold, frames["score"].to_numpy())
-    return spans_of_shots(found, times, end_s, scan.max_shot_s)
-
-
-def _clip(
-    metadata: Metadata,
-    scan: Scan,
-    frames: pa.Table,
-    times: np.ndarray,
-    end_s: float,
-    first: int,
-    after: int,
-) -> dict[str, Any]:
-    """The row of a clip that has frames."""
-    if first == after:
-        return {}
-    start, end = times[first], times[after] if after < len(times) else end_s
-    row: dict[str, Any] = {
-        "start_s": start,
-        "end_s": end,
-        "start_frame": first,
-        "num_frames": after - first,
-        "fps": _rate(metadata.fps, (after - first) / (end - start))
-        if end > start
-        else metadata.fps,
-        "width_px": metadata.width_px,
-        "height_px": metadata.height_px,
-        "duration_s": end - start,
-        "aspect_ratio": metadata.aspect_ratio,
-        "codec": metadata.codec,
-    }
-    missing = []
-    for signal in scan.signals:
-        name = signal.writes.names[0]
-        values = frames[name].slice(first + signal.context, max(0, after - first - signal.context))
-        known = values.drop_null().to_numpy()
-        row[name] = float(np.mean(known, dtype=np.float64)) if len(known) else None
-        if not len(known):
-            missing.append(name)
-    if missing:
-        row["error_type"] = "TooFewFrames"
-        row["error"] = (
-            f"{', '.join(missing)}: cannot be measured on"
-            f" {after - first} frame{'s' * (after - first > 1)} ({end - start:.2f} s)"
-        )
-    return row
-
-
-def _outside(span: tuple[float, float], end_s: float) -> dict[str, Any]:
-    return {
-        "start_s": span[0],
-        "end_s": span[1],
-        "error_type": "SpanOutside",
-        "error": f"span {span[0]:g}-{span[1]:g} s lies outside the video (0.0-{end_s:.1f} s)"
-        if span[0] >= end_s or span[1] <= span[0]
-        else f"span {span[0]:g}-{span[1]:g} s holds no frame",
-    }
-
-
-def _chosen(
-    scan: Scan,
-    parts: Sequence[SegmentScan],
-    frames: pa.Table,
-    times: np.ndarray,
-    end_s: float,
-    ranges: Sequence[tuple[int, int]],
-) -> pa.Table:
-    """The keyframes of each clip: one a second or so, evenly, within the numbers allowed."""
-    candidates = pa.concat_tables([p.keyframes for p in parts])
-    pts, order = np.unique(candidates["pts"].to_numpy(), return_index=True)
-    index = np.searchsorted(frames["pts"].to_numpy(), pts)
-    clips: list[np.ndarray] = []
-    rows: list[np.ndarray] = []
-    for clip, (first, after) in enumerate(ranges):
-        low, high = np.searchsorted(index, (first, after))
-        end = times[after] if after < len(times) else end_s
-        start = times[first] if after > first else end
-        wanted = round((end - start) / scan.keyframe_every_s)
-        wanted = min(scan.max_keyframes, max(scan.min_keyframes, wanted))
-        picked = choose(times[index[low:high]], start, end, wanted)
-        rows.append(low + np.array(picked, np.int64))
-        clips.append(np.full(len(rows[-1]), clip))
-    row, clip = (np.concatenate([np.empty(0, np.int64), *a]) for a in (rows, clips))
-    taken = candidates.take(pa.array(order[row]))
-    return pa.table(
-        [
-            pa.array(clip),
-            pa.array(index[row]),
-            pa.array(times[index[row]]),
-            *(taken[name].combine_chunks() for name in ("width_px", "height_px", "jpeg")),
-        ],
-        schema=KEYFRAMES,
-    )

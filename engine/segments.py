@@ -8,7 +8,7 @@ from typing import Any
 from av.packet import Packet
 from av.video.frame import PictureType
 
-from engine.video import Media, Video, VideoError, decode, open_video
+from engine.video import Media, Metadata, Video, VideoError, decode, open_video
 
 _CONTAINERS = ("mov", "matroska")
 _CODECS = ("h264", "hevc", "vp8", "vp9", "av1")
@@ -29,19 +29,19 @@ class Segment:
     """Decoding time stamp of the key packet."""
 
 
-def plan(media: Media, segment_s: float, max_pixels: int) -> tuple[Segment, ...]:
+def plan(
+    media: Media, metadata: Metadata, segment_s: float, max_pixels: int
+) -> tuple[Segment, ...]:
     """The parts of a source; one where it is short, or where a cut could change what is decoded."""
+    length_s = _length(metadata, segment_s)
+    if (
+        metadata.container.split(",")[0] not in _CONTAINERS
+        or metadata.codec not in _CODECS
+        or metadata.duration_s is None
+        or metadata.duration_s < 1.5 * length_s
+    ):
+        return (Segment(),)
     with open_video(media, max_pixels=max_pixels) as video:
-        length_s = _length(video, segment_s)
-        claimed = video.container.duration
-        codec = video.stream.codec_context.codec.canonical_name
-        if (
-            video.family not in _CONTAINERS
-            or codec not in _CODECS
-            or not claimed
-            or claimed / 1e6 < 1.5 * length_s
-        ):
-            return (Segment(),)
         found = _key_packets(video, length_s)
     # Each in a file of its own: a decoder that has seen other frames proves nothing.
     splits = [key for key in found if _gives_picture(media, key, max_pixels)]
@@ -53,11 +53,10 @@ def plan(media: Media, segment_s: float, max_pixels: int) -> tuple[Segment, ...]
     )
 
 
-def _length(video: Video, segment_s: float) -> float:
+def _length(metadata: Metadata, segment_s: float) -> float:
     """Length of a part in s: shorter where a second has more pixels."""
-    context = video.stream.codec_context
-    rate = min(float(video.stream.average_rate or 30), 240.0)
-    scale = _REFERENCE_RATE / max(1.0, context.width * context.height * rate)
+    rate = min(metadata.fps or 30.0, 240.0)
+    scale = _REFERENCE_RATE / (metadata.coded_width_px * metadata.coded_height_px * rate)
     low, high = (bound * segment_s / 300 for bound in (_SHORTEST_S, _LONGEST_S))
     return min(high, max(low, segment_s * scale))
 
@@ -66,15 +65,19 @@ def _key_packets(video: Video, length_s: float) -> list[tuple[int, int]]:
     """Times, shown and decoded, of the first clean key packet in each stretch of the source."""
     stream = video.stream
     assert stream.time_base is not None
-    length = round(length_s / stream.time_base)
+    length, second = round(length_s / stream.time_base), round(1 / stream.time_base)
+    seen: set[int] = set()
     found: list[tuple[int, int]] = []
     due: int | None = None
     latest: int | None = None
     for packet in video.container.demux(stream):
         if not packet.size:
             continue
-        if packet.pts is None or packet.is_corrupt:
+        if packet.pts is None or packet.is_corrupt or packet.pts in seen:
             return []
+        seen.add(packet.pts)
+        if latest is not None and packet.pts < latest - second:
+            return []  # the clock began anew: times depend on what came before
         due = packet.pts + length if due is None else due
         # Frames shown earlier must all come earlier, or right after it and be cut off there.
         if (

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.data
@@ -37,30 +40,33 @@ def connected(workers: int | None = None) -> Iterator[str]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         if address:
-            with _without_stderr():
-                ray.init(
-                    address=address,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
-                )
-            _quiet()
+            _start(address=address, runtime_env={"env_vars": {"PYTHONPATH": _python_path()}})
             yield f"Ray cluster at {address}"
         else:
             os.environ["PYTHONPATH"] = _python_path()  # what its workers inherit
-            with _without_stderr():
-                ray.init(
-                    address="local",
-                    num_cpus=workers,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    object_store_memory=OBJECT_STORE_BYTES,
-                )
-            _quiet()
+            _start(
+                address="local",
+                num_cpus=workers,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
             yield f"Ray on this machine, {int(ray.cluster_resources()['CPU'])} cores"
     finally:
         ray.shutdown()
+
+
+def _start(**how: Any) -> None:
+    """`ray.init`, quietly, and without its taking SIGTERM over."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        with _without_stderr():
+            ray.init(log_to_driver=False, logging_level="ERROR", **how)
+    except ray.exceptions.RaySystemError as error:
+        raise ConnectionError(f"Ray does not start: {str(error).splitlines()[0]}") from error
+    if in_main_thread:
+        signal.signal(signal.SIGTERM, on_sigterm)
+    _quiet()
 
 
 def _running() -> str | None:
@@ -116,8 +122,8 @@ def _without_stderr() -> Iterator[None]:
 
 def _quiet() -> None:
     """Ray's own words go to its log files; ours are for the person at the terminal."""
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs it raises, too
     # how often an actor restarts has no named parameter yet
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     context = ray.data.DataContext.get_current()

@@ -178,5 +178,6 @@ def spans_of_shots(
         end = times_s[after] if after < len(times_s) else end_s
         wanted = split_evenly(times_s[first], end, longest_s)
         begins += [first, *np.searchsorted(times_s, wanted[1:]).tolist()]
-    begins = sorted(set(begins))
+    # A part may begin while the last frame is still shown.
+    begins = sorted({begin for begin in begins if begin < len(times_s)})
     return list(zip(begins, [*begins[1:], len(times_s)], strict=True))

@@ -6,6 +6,7 @@ percent signs, because tables hold text. Whatever a store's library raises leave
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -340,6 +341,17 @@ def delete(uri: str) -> bool:
     with as_os_errors(uri):
         fs.rm_file(path)
     return True
+
+
+def delete_folder(uri: str) -> None:
+    """Removes a folder with all below it, where there is one."""
+    if not is_remote(uri):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(local_path(uri))
+        return
+    fs, path = store_of(uri)
+    with contextlib.suppress(FileNotFoundError), as_os_errors(uri):
+        fs.rm(path, recursive=True)
 
 
 def special(mode: int) -> str:

@@ -4,7 +4,8 @@ How a driver that lost its lease is kept from adding rows (two Lance appends fro
 land, so a lease alone cannot): whoever takes a dataset over first commits a *seal* on every table,
 a `Merge` that changes nothing. Lance lets no append, update, merge or compaction land that was
 begun before a `Merge`, so nothing of an earlier driver can, however late it wakes. Every later
-commit starts from the version that this driver made itself, and its manifest is written put-if-absent.
+commit starts from the version that this driver made itself, and its manifest is written put-if-
+absent.
 
 A unit of work touches several tables. `sources` is committed last, and its transaction says which
 versions of the others belong to it: rows that a dead driver committed beyond those are taken back
@@ -388,7 +389,9 @@ class Writer:
             self._record()
 
 
-def write_rows(root: str, name: str, rows: pa.Table) -> list[FragmentMetadata]:
+def write_rows(
+    root: str, name: str, rows: pa.Table | pa.RecordBatchReader
+) -> list[FragmentMetadata]:
     """Writes rows as files of a table that nobody sees before they are committed."""
     uri = table_uri(root, name)
     return write_fragments(

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import av.error
@@ -25,8 +24,34 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-Media = str | os.PathLike[str] | BinaryIO
-"""A local path, never a URL, or a seekable binary file that the caller closes."""
+from engine.integrity import (
+    DamagedError,
+    Media,
+    NotVideoError,
+    TooLargeError,
+    TruncatedError,
+    VideoError,
+    check_size,
+    not_video,
+)
+
+__all__ = [
+    "MAX_PIXELS",
+    "DamagedError",
+    "Frame",
+    "Media",
+    "Metadata",
+    "NotVideoError",
+    "TooLargeError",
+    "TruncatedError",
+    "Video",
+    "VideoError",
+    "check_complete",
+    "decode",
+    "metadata_of",
+    "open_video",
+    "probe",
+]
 
 MAX_PIXELS = 8192 * 8192
 """Largest coded frame that is decoded; 8K has half of it."""
@@ -34,33 +59,16 @@ MAX_PIXELS = 8192 * 8192
 # What may be detected: no playlists, image sequences, subtitles or devices.
 _FORMATS = (
     "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,asf,ogg,gif,mxf,nut,ivf,h264,hevc,av1,obu,"
-    "m4v,dv,rm,yuv4mpegpipe,vc1,wtv,mjpeg,apng"
+    "m4v,dv,rm,yuv4mpegpipe,vc1,wtv"
 )
 _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 
+_CLOCK_JUMP_S = 1.0
+"""No codec shows frames so much out of order: a clock that goes back this far began anew."""
+_MOST_STREAMS = 16
 _MOST_FPS = 480  # above, the clock of the container was taken for a rate
 
 av.logging.set_level(None)  # what libav has to say comes back as an exception
-
-
-class VideoError(ValueError):
-    """A source whose content cannot be used: final until the file changes."""
-
-
-class NotVideoError(VideoError):
-    """No moving picture can be found in the file."""
-
-
-class TruncatedError(VideoError):
-    """The file ends before the video does."""
-
-
-class DamagedError(VideoError):
-    """A part of the video cannot be decoded."""
-
-
-class TooLargeError(VideoError):
-    """A frame has more pixels than are decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,26 +147,24 @@ def open_video(media: Media, *, max_pixels: int = MAX_PIXELS) -> Iterator[Video]
         VideoError: What is wrong with the content.
         OSError: The file cannot be read.
     """
-    target, size = _target(media)
-    if not size:
-        raise NotVideoError("empty file: it has 0 bytes")
-    try:
-        container = av.open(target, metadata_errors="replace", options=_OPTIONS)
-    except av.error.FFmpegError as e:
-        raise _not_video(media, size, e) from e
-    with container:
+    with ExitStack() as stack:
+        target, size = _target(media, stack)
+        if not size:
+            raise NotVideoError("empty file: it has 0 bytes")
+        try:
+            container = _container(target, max_pixels)
+        except av.error.FFmpegError as e:
+            raise not_video(media, size, e) from e
+        stack.enter_context(container)
         family = container.format.name.split(",")[0]
         if not container.streams.video:
-            _check_size(media, size, family)
+            check_size(media, size, family)
         stream = _first_video(container)
         context = stream.codec_context
         if context.width * context.height > max_pixels:
-            raise TooLargeError(
-                f"frames of {context.width}x{context.height} px:"
-                f" at most {max_pixels} px are decoded"
-            )
+            raise TooLargeError(_too_large(context.width, context.height, max_pixels))
         # Concealed errors look like content; only "explode" makes slices that are lost raise.
-        context.options = {"err_detect": "explode"}
+        context.options = {"err_detect": "explode", "max_pixels": str(max_pixels)}
         stream.thread_type = "NONE"
         context.thread_count = 1
         start = container.start_time
@@ -200,22 +206,20 @@ def decode(
         DamagedError: A packet cannot be decoded.
         TruncatedError: There are fewer packets than the index lists.
     """
-    last_s, last_pts, count = None, None, 0
+    clock, last_s = _Clock(video), None
     try:
         for packet in _packets(video, start_pts, seek_ts):
-            if packet.is_corrupt:
+            # In a transport stream it may be whole, the next one's counter being off.
+            if packet.is_corrupt and video.family != "mpegts":
                 raise TruncatedError(_at("truncated", last_s))
             for picture in packet.decode():
                 video.frames_decoded += 1
                 if picture.is_corrupt:
                     raise DamagedError(f"{_at('damaged', last_s)}: a frame is incomplete")
                 if picture.width * picture.height > max_pixels:
-                    raise TooLargeError(
-                        f"a frame of {picture.width}x{picture.height} px:"
-                        f" at most {max_pixels} px are decoded"
-                    )
-                pts = _pts(video, picture, last_pts, count)
-                last_s, last_pts, count = video.seconds(pts), pts, count + 1
+                    raise TooLargeError(_too_large(picture.width, picture.height, max_pixels))
+                pts = clock.next(picture)
+                last_s = video.seconds(pts)
                 if start_pts is None or pts >= start_pts:
                     yield Frame(pts, last_s, picture)
     except av.error.FFmpegError as e:
@@ -232,10 +236,10 @@ def check_complete(video: Video, media: Media) -> None:
         there = sum(entry.pos + entry.size <= video.size_bytes for entry in index)
         if there < listed:
             raise TruncatedError(f"truncated: {there} of {listed} frames are in the file")
-    _check_size(media, video.size_bytes, video.family)
+    check_size(media, video.size_bytes, video.family)
 
 
-def _target(media: Media) -> tuple[Any, int]:
+def _target(media: Media, stack: ExitStack) -> tuple[Any, int]:
     """What libav is to open, and its size."""
     if isinstance(media, (str, os.PathLike)):
         path = os.fspath(media)
@@ -243,43 +247,39 @@ def _target(media: Media) -> tuple[Any, int]:
             found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise NotVideoError("not a regular file")
-        return "file:" + os.path.abspath(path), found.st_size
+        path = os.path.abspath(path)
+        if path.isprintable():
+            return "file:" + path, found.st_size
+        # A name that is no UTF-8 text; libav takes names as that.
+        return stack.enter_context(open(path, "rb")), found.st_size
     size = media.seek(0, os.SEEK_END)
     media.seek(0)
     return media, size
 
 
-def _read_at(media: Media, offset: int, count: int) -> bytes:
-    if isinstance(media, (str, os.PathLike)):
-        with open(media, "rb") as file:
-            file.seek(offset)
-            return file.read(count)
-    media.seek(offset)
-    return media.read(count)
+def _container(target: Any, max_pixels: int) -> InputContainer:
+    """Opens a container; it is told to decode nothing while it looks at its streams.
 
+    Else libav decodes up to 20 frames, of any size, to learn how H.264 reorders them, which costs
+    as much as half a second of video and is of no use here.
+    """
 
-def _not_video(media: Media, size: int, error: av.error.FFmpegError) -> Exception:
-    """What a person calls a file that libav cannot open."""
-    if isinstance(error, OSError) and not isinstance(error, ValueError):
-        return OSError(error.errno, error.strerror)
-    head = _read_at(media, 0, 64)
-    for what, found in (
-        ("index (moov)", head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")),
-        ("Matroska header", head[:4] == b"\x1aE\xdf\xa3"),
-        ("AVI header", head[:4] == b"RIFF" and head[8:12] == b"AVI "),
-        ("FLV header", head[:3] == b"FLV"),
-    ):
-        if found:
-            return TruncatedError(f"truncated or damaged: its {what} cannot be read")
-    if head.startswith(b"version https://git-lfs"):
-        return NotVideoError("not a video: a Git LFS pointer, the file itself was never fetched")
+    def opened(options: dict[str, str] | None) -> InputContainer:
+        if hasattr(target, "seek"):
+            target.seek(0)
+        streams = None if options is None else [options] * _MOST_STREAMS
+        return av.open(target, metadata_errors="replace", options=_OPTIONS, stream_options=streams)
+
     try:
-        text = head.decode("utf-8", errors="strict" if size <= 64 else "ignore")
-    except UnicodeDecodeError:
-        text = "\0"
-    if text and all(c.isprintable() or c in "\r\n\t" for c in text) and len(text) > len(head) * 0.9:
-        return NotVideoError(f"not a video: a text file that begins with {text[:24]!r}")
-    return NotVideoError("not a video: no known container format")
+        container = opened({"skip_frame": "all", "max_pixels": str(max_pixels)})
+    except av.error.FFmpegError:
+        raise
+    except ValueError:  # streams are found later, and cannot be told anything now
+        return opened(None)
+    if all(s.codec_context and s.codec_context.width for s in container.streams.video):
+        return container
+    container.close()  # the limit took the size away; it is wanted for the message
+    return opened({"skip_frame": "all"})
 
 
 def _first_video(container: InputContainer) -> VideoStream:
@@ -323,22 +323,50 @@ def _from_start(video: Video) -> Iterator[Packet[Any]]:
         if packet.size:
             count += 1
             last_dts = packet.dts
+        elif packet.dts is not None:
+            count += 1
+            continue  # an empty sample: a decoder would take it for the end
         elif video.family == "mov" and count < (listed := len(video.stream.index_entries)):
             at = "" if last_dts is None else f" after {video.seconds(last_dts):.2f} s"
             raise TruncatedError(f"truncated{at}: {count} of {listed} frames could be read")
         yield packet
 
 
-def _pts(video: Video, picture: VideoFrame, last: int | None, count: int) -> int:
-    """A frame's time stamp; guessed from its place where the container gives none, or one twice."""
-    pts = picture.pts if picture.pts is not None else picture.dts
-    if pts is not None and (last is None or pts > last):
+class _Clock:
+    """Time stamps of frames, made to increase: broken clocks are common, and order is not in doubt.
+
+    Joined recordings start their clock anew; some containers give no times, or one twice.
+    """
+
+    def __init__(self, video: Video):
+        base = video.stream.time_base
+        rate = video.stream.average_rate or video.stream.guessed_rate or Fraction(25)
+        assert base is not None
+        self._tick = max(1, round(1 / (rate * base)))
+        self._jump = round(_CLOCK_JUMP_S / base)
+        self._last: int | None = None
+        self._offset = 0
+
+    def next(self, picture: VideoFrame) -> int:
+        """The time stamp of the next frame."""
+        last = self._last
+        pts = picture.pts if picture.pts is not None else picture.dts
+        if pts is None:
+            pts = 0 if last is None else last + self._tick
+        else:
+            pts += self._offset
+        if last is not None and pts <= last:
+            if last - pts > self._jump:
+                self._offset += last + self._tick - pts
+                pts = last + self._tick
+            else:
+                pts = last + 1
+        self._last = pts
         return pts
-    rate = video.stream.average_rate or video.stream.guessed_rate or Fraction(25)
-    assert video.stream.time_base is not None
-    if pts is None:
-        pts = round(count / rate / video.stream.time_base)
-    return pts if last is None else max(pts, last + 1)
+
+
+def _too_large(width: int, height: int, max_pixels: int) -> str:
+    return f"frames of {width}x{height} px: at most {max_pixels} px are decoded"
 
 
 def _at(what: str, last_s: float | None) -> str:
@@ -358,8 +386,8 @@ def metadata_of(video: Video, first: VideoFrame) -> Metadata:
         container=container.format.name,
         codec=context.codec.canonical_name,
         pix_fmt=first.format.name,
-        coded_width_px=context.width,
-        coded_height_px=context.height,
+        coded_width_px=context.width or first.width,
+        coded_height_px=context.height or first.height,
         width_px=width,
         height_px=height,
         aspect_ratio=width / height,
@@ -402,47 +430,3 @@ def _claimed_duration(video: Video) -> float | None:
     if container.duration and container.duration > 0:
         return container.duration / av.time_base
     return None
-
-
-def _check_size(media: Media, size: int, family: str) -> None:
-    """Whether the last box, segment or chunk that the container announces is all there."""
-    if family == "mov":
-        end = _end_of_boxes(media, size)
-    elif family == "matroska":
-        end = _end_of_segment(_read_at(media, 0, 4096))
-    elif family == "avi" and size < 2**30:  # larger ones have several RIFF chunks
-        end = 8 + struct.unpack("<I", _read_at(media, 4, 4))[0]
-    else:
-        end = 0
-    if end > size:
-        raise TruncatedError(f"truncated: the file has {size} of {end} bytes")
-
-
-def _end_of_boxes(media: Media, size: int) -> int:
-    """End of the last top-level box that holds media or its index."""
-    if isinstance(media, (str, os.PathLike)):
-        with open(media, "rb") as file:
-            return _end_of_boxes(file, size)
-    position, end = 0, 0
-    while position + 8 <= size:
-        media.seek(position)
-        head = media.read(16)
-        length, kind = struct.unpack(">I4s", head[:8])
-        if length == 1 and len(head) == 16:
-            length = struct.unpack(">Q", head[8:])[0]
-        if length < 8:
-            break  # 0: up to the end of the file; else no box at all
-        if kind in (b"moov", b"mdat", b"moof"):
-            end = position + length
-        position += length
-    return end
-
-
-def _end_of_segment(head: bytes) -> int:
-    """End of a Matroska file's segment; 0 where a live recording left it open."""
-    at = head.find(b"\x18\x53\x80\x67")
-    if at < 0 or at + 5 > len(head) or not head[at + 4]:
-        return 0
-    length = 9 - head[at + 4].bit_length()
-    value = int.from_bytes(head[at + 4 : at + 4 + length], "big") & ((1 << 7 * length) - 1)
-    return 0 if value == (1 << 7 * length) - 1 else at + 4 + length + value

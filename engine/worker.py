@@ -1,7 +1,7 @@
 """What a worker does with one source, or with one part of a long one: read, scan, write, report.
 
-A `Reader` is an actor of the Ray Data pipeline. It holds a sandboxed child that touches the media,
-writes keyframes to Lance itself, and sends the driver numbers only: never a frame, never a video.
+A `Reader` is an actor of the Ray Data pipeline. It holds a sandboxed child that touches the media
+and writes keyframes to Lance itself; the driver gets numbers: never a frame, never a video.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import pickle
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,13 @@ PARTS = "parts"
 """Folder below a dataset's root where scanned parts of long sources wait."""
 FETCH_BYTES = 256 * 2**20
 """A remote file up to this size is fetched once, then hashed and decoded from local disk."""
+
+
+KEYFRAMES_AT_ONCE = 256
+
+
+class Unwritable(RuntimeError):
+    """The dataset cannot be written: no source's fault, and the end of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +112,7 @@ class Reading:
     metadata: Metadata | None = None
     scanned: bool = True
     clips: pa.Table | None = None
-    keyframes: pa.Table | None = None
+    keyframes: tuple[FragmentMetadata, ...] = ()
     frames_decoded: int = 0
     total_frames_decoded: int = 0
 
@@ -158,6 +165,8 @@ class Reader:
                 raise Failed("SourceError", unit.source.error, transient=True)
             reading: Reading = self.sandbox.call((self.job, unit))
         except Failed as failure:
+            if failure.error_type == Unwritable.__name__:
+                return Outcome(unit=unit, unwritable=failure.message)
             return failed(self.job, unit, failure)
         outcome = Outcome(
             unit=unit,
@@ -167,16 +176,11 @@ class Reader:
         )
         if reading.clips is None:
             return outcome
-        clips = _complete(reading.clips, unit.source, reading.sha256)
-        try:
-            keyframes = _write_keyframes(self.job.root, unit, reading.keyframes, clips)
-        except OSError as error:
-            return dataclasses.replace(outcome, unwritable=str(error))
         return dataclasses.replace(
             outcome,
-            source_row=_done(self.job, unit, reading, clips.num_rows),
-            clips=clips,
-            keyframes=keyframes,
+            source_row=_done(self.job, unit, reading),
+            clips=reading.clips,
+            keyframes=reading.keyframes,
         )
 
 
@@ -220,7 +224,8 @@ def _source_row(job: Job, unit: Unit) -> dict[str, Any]:
     }
 
 
-def _done(job: Job, unit: Unit, reading: Reading, num_clips: int) -> dict[str, Any]:
+def _done(job: Job, unit: Unit, reading: Reading) -> dict[str, Any]:
+    assert reading.clips is not None
     row = _source_row(job, unit)
     known = dataclasses.asdict(reading.metadata) if reading.metadata else {}
     return (
@@ -230,7 +235,7 @@ def _done(job: Job, unit: Unit, reading: Reading, num_clips: int) -> dict[str, A
             "state": "done",
             "sha256": reading.sha256,
             "scanned": reading.scanned,
-            "num_clips": num_clips,
+            "num_clips": reading.clips.num_rows,
             "frames_decoded": reading.total_frames_decoded,
         }
     )
@@ -277,20 +282,6 @@ def with_captions(clips: pa.Table, source: Source, sha256: str) -> pa.Table:
     return clips
 
 
-def _write_keyframes(
-    root: str, unit: Unit, keyframes: pa.Table | None, clips: pa.Table
-) -> tuple[FragmentMetadata, ...]:
-    if keyframes is None or not keyframes.num_rows:
-        return ()
-    num = keyframes.num_rows
-    columns: dict[str, Any] = {name: keyframes[name] for name in keyframes.column_names}
-    columns["clip_id"] = clips["clip_id"].take(keyframes["clip"])
-    columns["source_id"] = pa.array([unit.source_id] * num)
-    columns["jpeg"] = lance.blob_array(keyframes["jpeg"].to_pylist())
-    rows = pa.table([columns[f.name] for f in KEYFRAMES], schema=KEYFRAMES)
-    return tuple(write_rows(root, "keyframes", rows))
-
-
 # What follows runs in the sandboxed child.
 
 
@@ -315,7 +306,7 @@ def _read(job: Job, unit: Unit, file: str, media: Callable[[], Any]) -> Reading:
     if unit.part is None:
         known = {n: getattr(metadata, n) for n in ("num_frames", "duration_s", "aspect_ratio")}
         if not spans and not job.measure_all and container_reject(known, job.stages):
-            clips = _spanning(metadata)
+            clips = _complete(_spanning(metadata), unit.source, sha256)
             return Reading(sha256=sha256, metadata=metadata, scanned=False, clips=clips)
         parts = plan_segments(media(), scan)
         if len(parts) > 1:
@@ -332,14 +323,17 @@ def _read(job: Job, unit: Unit, file: str, media: Callable[[], Any]) -> Reading:
         if not joins:
             return Reading(sha256=sha256, frames_decoded=decoded)
         found = [SegmentScan.from_bytes(storage.read_bytes(p)) for p in places]
+    total = sum(f.frames_decoded for f in found)
     metadata, clips, keyframes = assemble(metadata, found, scan, spans)
+    del found  # of a long source its pictures are most of what is in memory
+    clips = _complete(clips, unit.source, sha256)
     return Reading(
         sha256=sha256,
         metadata=metadata,
         clips=clips,
-        keyframes=keyframes,
+        keyframes=_write_keyframes(job.root, unit, keyframes, clips),
         frames_decoded=decoded,
-        total_frames_decoded=sum(f.frames_decoded for f in found),
+        total_frames_decoded=total,
     )
 
 
@@ -354,6 +348,30 @@ def _scan_part(
     storage.make_folder(storage.parent(place))
     storage.write_bytes(place, part.to_bytes())
     return part
+
+
+def _write_keyframes(
+    root: str, unit: Unit, keyframes: pa.Table, clips: pa.Table
+) -> tuple[FragmentMetadata, ...]:
+    """Writes the keyframes of a source, a few hundred in memory at a time."""
+    if not keyframes.num_rows:
+        return ()
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for start in range(0, keyframes.num_rows, KEYFRAMES_AT_ONCE):
+            some = keyframes.slice(start, KEYFRAMES_AT_ONCE)
+            columns: dict[str, Any] = {name: some[name] for name in some.column_names}
+            columns["clip_id"] = clips["clip_id"].take(some["clip"])
+            columns["source_id"] = pa.array([unit.source_id] * some.num_rows)
+            columns["jpeg"] = lance.blob_array(some["jpeg"].to_pylist())
+            rows = pa.table([columns[f.name] for f in KEYFRAMES], schema=KEYFRAMES)
+            yield from rows.combine_chunks().to_batches()
+
+    try:
+        reader = pa.RecordBatchReader.from_batches(KEYFRAMES, batches())
+        return tuple(write_rows(root, "keyframes", reader))
+    except OSError as error:
+        raise Unwritable(str(error)) from error
 
 
 def _spanning(metadata: Metadata) -> pa.Table:

@@ -203,12 +203,9 @@ def funnel(accounts: Accounts, stages: Sequence[Stage], mean_kept_s: float | Non
         if clips[state]:
             table.add_row(f"  {state}", f"-{clips[state]:,}", "")
     share = f"{clips['kept'] / clips['total']:.0%} of clips" if clips["total"] else ""
-    length = f", {mean_kept_s:.1f} s on average (Mimir: about {PAPER_CLIP_S:.0f} s)"
-    table.add_row(
-        "[bold]kept",
-        f"[bold]{clips['kept']:,}",
-        share + (length if mean_kept_s is not None else ""),
-    )
+    if mean_kept_s is not None:
+        share += f", {mean_kept_s:.1f} s on average (Mimir: about {PAPER_CLIP_S:.0f} s)"
+    table.add_row("[bold]kept", f"[bold]{clips['kept']:,}", share)
     return table
 
 

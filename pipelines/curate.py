@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read when ray is imported
+# Ray reads these when it is imported; it must not start anew in a thread that Ctrl-C leaves behind.
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import tyro
 

@@ -108,6 +108,36 @@ def made_720p(work: Path) -> Path:
     return path
 
 
+def two_hours_of_4k(work: Path) -> Path:
+    """3840x2160, two hours at one frame a second: half a minute of H.264, its packets repeated."""
+    path = work / "two_hours_of_4k" / "long.mp4"
+    if path.exists():
+        return path.parent
+    path.parent.mkdir()
+    texture = np.random.default_rng(0).integers(0, 255, (34, 60, 3), np.uint8)
+    texture = cv2.resize(texture, (3900, 2220), interpolation=cv2.INTER_CUBIC)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=1, options={"crf": "40", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 3840, 2160, "yuv420p"
+        packets = []
+        for i in range(30):
+            picture = np.ascontiguousarray(texture[i * 2 : i * 2 + 2160, i * 2 : i * 2 + 3840])
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = i
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        payloads = [(bytes(p), p.pts, p.dts, p.is_keyframe, p.time_base) for p in packets]
+        for repeat in range(7200 // 30):
+            for data, pts, dts, is_keyframe, time_base in payloads:
+                packet = av.Packet(data)
+                packet.stream, packet.time_base = stream, time_base
+                shift = round(repeat * 30 / time_base)
+                packet.pts, packet.dts = pts + shift, dts + shift
+                packet.is_keyframe = is_keyframe
+                container.mux_one(packet)
+    return path.parent
+
+
 def many_sources(work: Path, num: int) -> Path:
     """Short videos of different content: one small mp4, each with an own box at its end."""
     from pipelines.samples import make_samples
@@ -185,6 +215,14 @@ def bench_memory(work: Path) -> list[Line]:
             )
         )
     assert many.printed["sources"]["done"] == MANY_SOURCES
+    long = curate(two_hours_of_4k(work), work / "memory_4k")
+    assert long.printed["frames_decoded"] >= 7200
+    lines.append(
+        Line(
+            "peak memory of two workers, one source of two hours at 4K",
+            f"{long.workers_peak_bytes / 2**20:.0f} MiB in {long.printed['seconds']:.0f} s",
+        )
+    )
     return lines
 
 

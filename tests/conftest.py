@@ -176,6 +176,36 @@ def command(script: str, *arguments: object) -> list[str]:
     return [sys.executable, str(path), *map(str, arguments)]
 
 
+class Driver:
+    """A run of the command line in a process of its own."""
+
+    def __init__(self, cluster: Cluster, src: object, dst: object, *more: object):
+        arguments = ("--src", src, "--dst", dst, "--json", "--commit-every-s", 0.3, *more)
+        self.process = subprocess.Popen(
+            command("curate", *arguments),
+            env=cluster.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self, timeout_s: float = 120) -> Ran:
+        out, err = self.process.communicate(timeout=timeout_s)
+        return Ran(self.process.returncode, out, err)
+
+
+def processes(kind: str) -> list[psutil.Process]:
+    """Actors that read, or their sandboxed children, of this session's cluster."""
+    found = []
+    for one in psutil.process_iter(["name", "cmdline"]):
+        line = " ".join(one.info["cmdline"] or [])
+        if (kind == "actor" and line.startswith("ray::") and "Reader" in line) or (
+            kind == "child" and "engine.sandbox" in line
+        ):
+            found.append(one)
+    return found
+
+
 @pytest.fixture
 def run(cluster: Cluster) -> Run:
     """Runs a command of the project on the session's cluster: run("curate", "--src", ...)."""

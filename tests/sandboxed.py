@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import os
 import signal
+import struct
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ def act(argument: tuple[Any, ...]) -> Any:
         "allocate": lambda size: len(bytearray(size)),
         "crash": _crash,
         "slow": _slow,
+        "complain": _complain,
+        "stop short": _stop_short,
     }[what](*rest)
 
 
@@ -40,3 +44,19 @@ def _slow(started: str, seconds: float) -> int:
     Path(started).touch()
     time.sleep(seconds)
     return os.getpid()
+
+
+def _complain(length: int) -> int:
+    os.write(2, b"x" * length)
+    return os.fstat(2).st_size
+
+
+def _stop_short() -> None:
+    """Dies in the middle of an answer."""
+    os.write(int(sys.argv[1]), struct.pack("!i", 1000) + b"not all of it")
+    os._exit(3)
+
+
+def die(_: Any) -> None:
+    """Crashes, whatever it is asked."""
+    os.kill(os.getpid(), signal.SIGSEGV)

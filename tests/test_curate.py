@@ -356,6 +356,14 @@ def test_a_folder_without_a_dataset_is_one_line_too(script: str, tmp_path: Path,
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
 
 
+def test_a_dataset_in_which_nothing_is_kept_has_a_funnel_too(
+    samples: Path, tmp_path: Path, run: Run
+) -> None:
+    done = run("curate", "--src", samples / "portrait.mp4", "--dst", tmp_path / "set")
+    assert done.code == 0, done.err
+    assert "aspect_ratio<1" in done.out and "kept" in done.out
+
+
 def test_help_and_scripts_start_without_ray(run: Run) -> None:
     for script in ("refilter", "report"):
         loaded = run(script, "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})

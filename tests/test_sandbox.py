@@ -85,6 +85,24 @@ def test_killing_the_child_from_outside_costs_one_try(sandbox: Sandbox, tmp_path
     assert sandbox.call(("slow", str(started), 0.5)) != victim
 
 
+def test_a_death_in_the_middle_of_an_answer_is_one_too(sandbox: Sandbox) -> None:
+    with pytest.raises(Failed, match=r"died twice .*exit code 3"):
+        sandbox.call(("stop short",))
+    assert sandbox.call(("pid",))
+
+
+def test_what_the_child_says_does_not_pile_up(sandbox: Sandbox) -> None:
+    assert [sandbox.call(("complain", 1000)) for _ in range(5)] == [1000] * 5
+
+
+def test_no_descriptor_stays_behind(sandbox: Sandbox, tmp_path: Path) -> None:
+    sandbox.call(("pid",))
+    before = len(os.listdir("/proc/self/fd"))
+    for i in range(3):
+        sandbox.call(("crash", str(tmp_path / str(i)), 1))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import os, sys\n"

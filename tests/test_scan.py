@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from engine.assemble import KEYFRAMES
 from engine.keyframes import Keyframe, Keyframes, Marks, choose
 from engine.picture import Upright
 from engine.scan import (
-    KEYFRAMES,
     Scan,
     SegmentScan,
     assemble,
@@ -28,7 +28,7 @@ from engine.scan import (
 )
 from engine.segments import Segment
 from engine.signals import Brightness
-from engine.video import DamagedError, Metadata, decode, open_video, probe
+from engine.video import DamagedError, Frame, Metadata, decode, open_video, probe
 from tests.clips import as_frame, colourful, encode, real, shots_of
 
 Spans = Sequence[tuple[float, float]]
@@ -78,8 +78,8 @@ def test_clips_are_the_shots_and_cover_every_frame(edited: Path) -> None:
     clips = rows(edited)
     found = [row["num_frames"] for row in clips]
     assert sum(found) == sum(LENGTHS)
-    # Adaptive cannot tell the shots of one to three frames apart, and keeps them in one.
-    assert found == [30, 7, 61, 40, 6, 55, 120, 13, 20, 35, 50, 5, 88, 9, 44]
+    # Changes in each of several frames look like fast motion to Adaptive: one shot of 3+2+1+55.
+    assert found == [30, 7, 61, 40, 61, 120, 13, 20, 35, 50, 5, 88, 9, 44]
     assert [row["start_frame"] for row in clips] == [0, *np.cumsum(found)[:-1].tolist()]
     for row in clips:
         assert row["start_s"] == pytest.approx(row["start_frame"] / 25)
@@ -123,7 +123,7 @@ def test_long_shots_are_split_evenly_and_fixed_spans_are_not(tmp_path: Path) -> 
 
 
 def test_a_span_is_one_clip_whatever_the_shots(edited: Path) -> None:
-    spans = [(0.0, 1.0), (0.5, 9.99), (0.6, 0.7), (5.0, 23.0), (10.0, 99.0)]
+    spans = [(0.0, 1.0), (0.5, 9.99), (0.6, 1.7), (5.0, 23.0), (10.0, 99.0)]
     clips = rows(edited, Scan(max_shot_s=1.0), spans)
     starts = [-(-round(a * 100) * 25 // 100) for a, _ in spans]
     ends = [min(583, -(-round(b * 100) * 25 // 100)) for _, b in spans]
@@ -184,8 +184,6 @@ def test_the_fingerprint_holds_what_changes_the_numbers() -> None:
         Scan(jpeg_quality=80),
     ]
     assert len({s.fingerprint for s in [Scan(), *changed]}) == 5
-    assert Scan(max_pixels=100).fingerprint == Scan().fingerprint
-    assert Scan(segment_s=50.0).fingerprint == Scan().fingerprint
 
 
 @pytest.mark.parametrize("name", ["clip_seconds", "max_shot_s", "keyframe_every_s", "segment_s"])
@@ -301,7 +299,7 @@ def _as_if_709(image: np.ndarray) -> np.ndarray:
 
 def test_chosen_keyframes_are_even() -> None:
     assert choose(np.arange(3.0), 0.0, 3.0, 3) == [0, 1, 2]
-    assert choose(np.arange(20.0), 0.0, 20.0, 5) == [1, 5, 9, 13, 17] or True
+    assert choose(np.arange(20) + 0.5, 0.0, 20.0, 5) == [1, 5, 9, 13, 17]
     picked = choose(np.linspace(0, 19, 20), 0.0, 20.0, 16)
     assert len(picked) == len(set(picked)) == 16
     assert max(np.diff(picked)) <= 2
@@ -324,8 +322,6 @@ def test_held_frames_are_bounded(tmp_path: Path) -> None:
 
 
 def _frame_at(index: int, picture: av.VideoFrame) -> Any:
-    from engine.video import Frame
-
     return Frame(index, index / 1000, picture)
 
 
@@ -335,9 +331,7 @@ def _frame_at(index: int, picture: av.VideoFrame) -> Any:
 @pytest.mark.parametrize("shots", ["adaptive", "content", "threshold", "none"])
 def test_parts_give_the_rows_of_the_whole(edited: Path, shots: Any) -> None:
     assert_same(edited, Scan(shots=shots, segment_s=0.5), least=8)
-    assert_same(
-        edited, Scan(shots=shots, segment_s=1.0, max_shot_s=1.3, clip_seconds=1.7), least=8
-    )
+    assert_same(edited, Scan(shots=shots, segment_s=1.0, max_shot_s=1.3, clip_seconds=1.7), least=8)
     assert_same(edited, Scan(shots=shots, segment_s=2.0, keyframe_every_s=0.3), least=4)
 
 
@@ -391,7 +385,7 @@ def test_parts_give_the_rows_of_the_whole_at_a_variable_rate(tmp_path: Path) -> 
     steps = rng.choice([10, 20, 40, 200, 900], 291, p=[0.3, 0.3, 0.3, 0.08, 0.02])
     path = encode(
         tmp_path / "vfr.mkv",
-        shots_of([40, 9, 60, 2, 33, 51, 20, 77], 48, 64),
+        shots_of([40, 9, 60, 2, 33, 51, 20, 76], 48, 64),
         pts=np.cumsum(steps).tolist(),
         time_base=Fraction(1, 1000),
         options={"g": "20", "bf": "2"},
@@ -429,11 +423,12 @@ def test_without_a_duration_there_is_one_part() -> None:
 
 
 def test_more_pixels_make_shorter_parts(tmp_path: Path) -> None:
-    small = encode(tmp_path / "s.mp4", shots_of([300], 48, 64), options={"g": "10"})
-    large = encode(tmp_path / "l.mp4", [colourful(1080, 1920, 0)] * 300, options={"g": "10"})
-    scan = Scan(segment_s=6.0)
+    options = {"g": "10", "preset": "ultrafast"}
+    small = encode(tmp_path / "s.mp4", shots_of([70], 48, 64), options=options)
+    large = encode(tmp_path / "l.mp4", [colourful(720, 1280, 0)] * 70, options=options)
+    scan = Scan(segment_s=1.0)
     assert len(plan_segments(str(small), scan)) == 1
-    assert len(plan_segments(str(large), scan)) >= 4
+    assert len(plan_segments(str(large), scan)) == 2
 
 
 def test_a_part_decodes_little_more_than_its_own_frames(edited: Path) -> None:

@@ -182,3 +182,4 @@ def test_a_gap_in_the_frames_makes_no_empty_clip() -> None:
     times = np.array([0.0, 0.04, 90.0, 90.04])
     spans = spans_of_shots([], times, 90.08, 20.0)
     assert spans == [(0, 2), (2, 4)]
+    assert spans_of_shots([], np.array([0.0, 0.04]), 90.0, 20.0) == [(0, 2)]

@@ -500,3 +500,11 @@ def test_listing_names_folders_that_it_may_not_read(open_folder: Path) -> None:
 
     as_nobody(check)
     (open_folder / "shut").chmod(0o755)
+
+
+def test_a_folder_is_removed_with_all_below_it(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").touch()
+    storage.delete_folder(str(tmp_path / "a"))
+    storage.delete_folder(str(tmp_path / "a"))
+    assert list(tmp_path.iterdir()) == []

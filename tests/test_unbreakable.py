@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Cluster, Ran, command, rows
+from conftest import Cluster, Driver, processes, rows
 
 from engine.tables import read
 
@@ -35,24 +35,6 @@ def source(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Driver:
-    """A run of the command line in a process of its own."""
-
-    def __init__(self, cluster: Cluster, src: object, dst: object, *more: object):
-        arguments = ("--src", src, "--dst", dst, "--json", "--commit-every-s", 0.3, *more)
-        self.process = subprocess.Popen(
-            command("curate", *arguments),
-            env=cluster.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def end(self, timeout_s: float = 120) -> Ran:
-        out, err = self.process.communicate(timeout=timeout_s)
-        return Ran(self.process.returncode, out, err)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(
     source: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
@@ -61,18 +43,6 @@ def undisturbed(
     done = Driver(cluster, source, root).end()
     assert done.code == 0, done.err
     return {table: rows(root, table) for table in TABLES}
-
-
-def processes(kind: str) -> list[psutil.Process]:
-    """Actors that read, or their sandboxed children, of this session's cluster."""
-    found = []
-    for one in psutil.process_iter(["name", "cmdline"]):
-        line = " ".join(one.info["cmdline"] or [])
-        if (kind == "actor" and line.startswith("ray::") and "Reader" in line) or (
-            kind == "child" and "engine.sandbox" in line
-        ):
-            found.append(one)
-    return found
 
 
 def committed(root: Path) -> tuple[set[str], int]:
@@ -132,7 +102,7 @@ def test_a_stopped_driver_that_was_replaced_wakes_up_and_adds_no_row(
     # one worker: what it holds of the cluster it keeps while it is stopped
     asleep = Driver(cluster, source, root, "--lease-expiry-s", 2, "--workers", 1)
     deadline = time.monotonic() + 60
-    while not committed(root)[0]:
+    while not committed(root)[1]:  # frames: copies are committed before there are workers
         assert time.monotonic() < deadline and asleep.process.poll() is None, asleep.end()
         time.sleep(0.05)
     asleep.process.send_signal(signal.SIGSTOP)
@@ -148,8 +118,9 @@ def test_a_stopped_driver_that_was_replaced_wakes_up_and_adds_no_row(
     assert {table: rows(root, table) for table in TABLES} == undisturbed
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "ray job stop"])
 def test_ctrl_c_commits_what_is_done_and_says_how_to_go_on(
-    source: Path, cluster: Cluster, undisturbed: dict, tmp_path: Path
+    how: signal.Signals, source: Path, cluster: Cluster, undisturbed: dict, tmp_path: Path
 ) -> None:
     root = tmp_path / "set"
     driver = Driver(cluster, source, root)
@@ -157,7 +128,7 @@ def test_ctrl_c_commits_what_is_done_and_says_how_to_go_on(
     while not processes("child") and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(1)
-    driver.process.send_signal(signal.SIGINT)
+    driver.process.send_signal(how)
     stopped = driver.end(30)
     assert stopped.code == 130, stopped.err
     assert "run the same command again" in stopped.err

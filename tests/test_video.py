@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,7 @@ from engine.video import (
     TooLargeError,
     TruncatedError,
     VideoError,
+    check_complete,
     decode,
     open_video,
     probe,
@@ -63,6 +65,11 @@ def test_a_path_and_an_open_file_read_the_same(clip: Path) -> None:
     with open(clip, "rb") as file:
         assert probe(file) == probe(clip)
         assert read_all(file) == read_all(clip)
+        with open_video(file) as video:
+            frames = decode(video)
+            next(frames)
+            check_complete(video, file)  # looks about in the file, and puts it back
+            assert len(list(frames)) == 64
         assert not file.closed
 
 
@@ -216,6 +223,21 @@ def test_a_name_is_never_a_url_or_an_option(
         assert len(read_all(name)) == 5
 
 
+def test_a_name_that_is_no_text(tmp_path: Path, clip: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff\xfe\n.mp4"
+    Path(os.fsdecode(name)).write_bytes(clip.read_bytes())
+    assert read_all(os.fsdecode(name)) == read_all(clip)
+
+
+def test_a_clock_that_starts_anew_goes_on(tmp_path: Path) -> None:
+    """Two recordings joined byte by byte, as cameras and `cat` do."""
+    data = encode(tmp_path / "a.ts", shots_of([50]), options={"bf": "2"}).read_bytes()
+    (tmp_path / "joined.ts").write_bytes(data + data)
+    times = read_all(tmp_path / "joined.ts")
+    assert len(times) == 100
+    assert np.diff(times) == pytest.approx([0.04] * 99, abs=0.001)
+
+
 def test_a_playlist_opens_nothing(tmp_path: Path, clip: Path) -> None:
     playlist = tmp_path / "list.mp4"
     playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:2.6,\n{clip}\n#EXT-X-ENDLIST\n")
@@ -227,7 +249,7 @@ def test_a_playlist_opens_nothing(tmp_path: Path, clip: Path) -> None:
 
 
 def test_a_frame_beyond_the_limit_is_not_decoded(clip: Path) -> None:
-    with pytest.raises(TooLargeError, match="160x90 px: at most 14399 px"):
+    with pytest.raises(TooLargeError, match="frames of 160x90 px: at most 14399 px"):
         probe(clip, max_pixels=160 * 90 - 1)
 
 

@@ -1,0 +1,128 @@
+"""Units in, outcomes out: the Ray Data pipeline of a run, with its losses."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from engine.worker import Job, Outcome, Reader, Unit
+
+DEATHS_ALLOWED = 3
+"""Times that an actor is started again for a block before the pipeline is given up."""
+BUNDLE_UNITS, BUNDLE_BYTES = 16, 4 * 2**20
+"""Where there are many, small sources go to a worker in bundles: Ray's bookkeeping is per bundle.
+So are results: a bundle's come when the last of it is done."""
+STARVED_AFTER_S = 60.0
+
+_log = logging.getLogger(__name__)
+_LOST_WORKER = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.NodeDiedError,
+)
+
+
+def outcomes(
+    units: Sequence[Unit], job: Job, *, workers: int | None, wait_s: float
+) -> Iterator[Outcome | None]:
+    """Outcomes as they come, and None whenever none came for `wait_s`.
+
+    Ends early where workers were lost for good: the units without an outcome are the caller's to
+    give again.
+
+    Args:
+        units: What to do.
+        job: What they share.
+        workers: Actors that read; None is one a core of the cluster.
+        wait_s: In seconds.
+
+    Raises:
+        Exception: What a worker raised, which is never for what is in a file.
+    """
+    if not units:
+        return
+    began, silent = time.monotonic(), True
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_feed, args=(units, job, workers, found), daemon=True).start()
+    while True:
+        try:
+            item = found.get(timeout=wait_s)
+        except queue.Empty:
+            yield None
+            if silent and time.monotonic() - began > STARVED_AFTER_S:
+                silent = False
+                free = ray.available_resources().get("CPU", 0)
+                _log.warning(
+                    "nothing has come in %.0f s; %g CPUs of the cluster are free: if other work"
+                    " holds them, this run waits",
+                    STARVED_AFTER_S,
+                    free,
+                )
+            continue
+        silent = False
+        if item is None:
+            return
+        if isinstance(item, BaseException):
+            if isinstance(item, _LOST_WORKER) and "creation task" not in str(item):
+                _log.warning("a worker was lost: %s", str(item).splitlines()[0])
+                return
+            raise item
+        yield pickle.loads(item)
+
+
+def _feed(
+    units: Sequence[Unit], job: Job, workers: int | None, found: queue.SimpleQueue[Any]
+) -> None:
+    try:
+        for row in _pipeline(units, job, workers).iter_rows():
+            found.put(row["outcome"])
+        found.put(None)
+    except BaseException as error:  # noqa: BLE001 - the driver's thread raises it
+        found.put(error)
+
+
+def _pipeline(units: Sequence[Unit], job: Job, workers: int | None) -> ray.data.Dataset:
+    cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    size = min(len(units), workers or cores)
+    blocks = [
+        pa.table({"unit": [pickle.dumps(unit) for unit in bundle]})
+        for bundle in _bundles(units, at_most=max(1, len(units) // (64 * size)))
+    ]
+    return ray.data.from_arrow(blocks).map_batches(
+        Reader,
+        fn_constructor_args=(job,),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=size, initial_size=size, max_tasks_in_flight_per_actor=2
+        ),
+        max_restarts=-1,
+        max_task_retries=DEATHS_ALLOWED,
+    )
+
+
+def _bundles(units: Sequence[Unit], at_most: int) -> Iterator[list[Unit]]:
+    """Small units together; large ones, parts, and those on which a worker died, alone."""
+    bundle: list[Unit] = []
+    size = 0
+    for unit in units:
+        own = BUNDLE_BYTES if unit.died or unit.part is not None else unit.source.size_bytes or 0
+        full = len(bundle) >= min(at_most, BUNDLE_UNITS) or size + own > BUNDLE_BYTES
+        if bundle and full:
+            yield bundle
+            bundle, size = [], 0
+        bundle.append(unit)
+        size += own
+    yield bundle
