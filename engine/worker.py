@@ -308,7 +308,7 @@ def _read(job: Job, unit: Unit, file: str, media: Callable[[], Any]) -> Reading:
         if not spans and not job.measure_all and container_reject(known, job.stages):
             clips = _complete(_spanning(metadata), unit.source, sha256)
             return Reading(sha256=sha256, metadata=metadata, scanned=False, clips=clips)
-        parts = plan_segments(media(), scan)
+        parts = plan_segments(media(), scan, metadata)
         if len(parts) > 1:
             return Reading(sha256=sha256, parts=parts)
         found = [scan_segment(media(), scan, parts[0], spans=spans)]

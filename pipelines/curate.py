@@ -178,7 +178,15 @@ def exit_code(result: Result) -> int:
     return cli.UNBALANCED if result.accounts.faults else 0
 
 
-if __name__ == "__main__":
-    code = main()
+def end(code: int) -> None:
+    """Ends the process at once: threads of a pipeline that was left crash in Python's shutdown."""
     sys.stdout.flush()
-    os._exit(code) if code == cli.INTERRUPTED else sys.exit(code)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    try:
+        end(main())
+    except SystemExit as stop:  # --help, or an error that was said
+        end(stop.code if isinstance(stop.code, int) else 0)

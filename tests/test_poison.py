@@ -198,4 +198,4 @@ def test_a_file_broken_in_the_middle_fails_when_it_is_decoded(
     assert rows(tmp_path / "set", "clips")[0]["reason"] == "num_frames<65"
     curate(tmp_path / "src", tmp_path / "set", measure_all=True)
     (source,) = rows(tmp_path / "set", "sources")
-    assert source["state"] == "failed" and "damaged at 2." in source["error"]
+    assert source["state"] == "failed" and "damaged after 2." in source["error"]
