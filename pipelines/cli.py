@@ -41,7 +41,7 @@ PAPER_CLIP_S = 10.0
 BAD_INPUT, UNBALANCED, INTERRUPTED = 2, 1, 130
 
 err = Console(stderr=True)
-out = Console()
+out = Console(width=None if sys.stdout.isatty() else 200)  # a pipe has no width of its own
 T = TypeVar("T")
 
 

@@ -139,7 +139,9 @@ def _show_near(rows: pa.Table, *, as_json: bool) -> None:
     if as_json:
         cli.print_json(rows.to_pylist())
         return
-    table = Table(*rows.column_names, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in rows.column_names:
+        table.add_column(name, overflow="fold", no_wrap=name in ("clip_id", "reason"))
     for row in rows.to_pylist():
         table.add_row(*(_plain(v) for v in row.values()))
     cli.out.print(table)
