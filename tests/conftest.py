@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 VIDEOS = REPOSITORY.parent / "shared" / "videos"
 sys.path[:0] = [str(Path(__file__).parent)]  # for helpers beside the tests
+# A shell gives a background job a deaf ear for Ctrl-C, which tests press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ray reads these once, when it is imported.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
