@@ -23,10 +23,9 @@ import ray
 from engine import storage
 from engine.accounts import Accounts, balance
 from engine.lease import EXPIRY_S, Lease
-from engine.operator import Stage
+from engine.operator import Failed, Stage
 from engine.pipeline import DEATHS_ALLOWED, outcomes
 from engine.plan import STORED, Plan, Policy, first_look, settle
-from engine.sandbox import Failed
 from engine.scan import Scan
 from engine.schema import CLIPS, SOURCES
 from engine.sources import Listing, Source

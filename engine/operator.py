@@ -7,11 +7,30 @@ import hashlib
 import importlib.metadata
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pyarrow as pa
+
+
+class Failed(Exception):
+    """A measurement that gave no result: what a row records of it.
+
+    Args:
+        error_type: Class of what went wrong, such as `DecodeError`.
+        message: For a person: what was needed, what was found.
+        transient: It may pass (network, rights, a lost worker): the next run tries again.
+    """
+
+    def __init__(self, error_type: str, message: str, *, transient: bool = False):
+        super().__init__(message)
+        self.error_type, self.message, self.transient = error_type, message, transient
+
+
+def resource(default: float) -> Any:
+    """A field that says where an operator runs; it is no part of the fingerprint."""
+    return dataclasses.field(default=default, metadata={"resource": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +41,36 @@ class Operator(ABC):
     """
 
     reads: ClassVar[tuple[str, ...]]
-    """Columns it needs."""
+    """Columns it needs; a row that lacks one is not measured. `keyframes` is a clip's pictures in
+    order of time: list<struct<time_s: float64, jpeg: binary>>."""
     writes: ClassVar[pa.Schema]
-    """Columns it produces: exact Arrow types, with `unit` and `source` in the field metadata."""
+    """Columns it produces: exact Arrow types, with `unit` and `source` in the field metadata. The
+    first one is null only where the measurement failed."""
     version: ClassVar[int] = 1
     """Raised when the numbers change for the same parameters."""
     libraries: ClassVar[tuple[str, ...]] = ()
     """Distributions that compute the numbers; their major.minor versions are in the fingerprint."""
+    media: ClassVar[tuple[str, ...]] = ("video", "image")
+    """What it can be measured on."""
+
+    batch_size: int = resource(32)
+    """Rows given to one call."""
+    num_cpus: float = resource(1.0)
+    """Share of CPU cores that one copy takes."""
+    num_gpus: float = resource(0.0)
+    """Share of a GPU that one copy takes, where the cluster has any."""
 
     @abstractmethod
     def load(self) -> Callable[[pa.Table], pa.Table]:
-        """The function that measures: a table with `reads` in, one with `writes` out."""
+        """The function that measures: a table with `reads` in, one with `writes` out.
+
+        Rows that cannot be measured come back with `FAILURE` beside (see `results`); what the
+        function raises is pinned on single rows by trying them alone.
+        """
+
+    def check(self) -> None:
+        """Raises ValueError, with what to do, where something it needs (weights) is missing."""
+        return None
 
     @property
     def fingerprint(self) -> str:
@@ -56,8 +94,32 @@ class Operator(ABC):
         }
 
 
+FAILURE = pa.schema(
+    [("error_type", pa.string()), ("error", pa.string()), ("transient", pa.bool_())]
+)
+"""Columns that an operator may give beside those it writes: why a row has no values."""
+
+
+def results(writes: pa.Schema, rows: Sequence[Mapping[str, Any] | Failed]) -> pa.Table:
+    """What an operator's function gives: a row of `writes` each, or why there is none.
+
+    Args:
+        writes: The operator's.
+        rows: In order; values by column, or the failure of that row.
+    """
+    columns = [
+        pa.array([None if isinstance(r, Failed) else r[f.name] for r in rows], f.type)
+        for f in writes
+    ]
+    for name in FAILURE.names:
+        attribute = "message" if name == "error" else name
+        found = [getattr(r, attribute) if isinstance(r, Failed) else None for r in rows]
+        columns.append(pa.array(found, FAILURE.field(name).type))
+    return pa.table(columns, schema=pa.schema([*writes, *FAILURE]))
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, Operator):
+    if hasattr(value, "describe"):  # an operator within an operator, or weights
         return value.describe()
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
@@ -72,6 +134,8 @@ class Rule:
     lo: float | None = None
     hi: float | None = None
     above: float | None = None
+    empty: bool = False
+    """Of a column of words: a row with any word is out, and the word is part of the reason."""
 
     @property
     def bounds(self) -> tuple[tuple[str, float], ...]:

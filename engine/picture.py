@@ -216,3 +216,15 @@ def _plane(plane: VideoPlane, depth: int, channels: int = 1) -> np.ndarray:
     lines = np.frombuffer(plane, np.uint8 if depth == 8 else _WORD).reshape(height, -1)
     view = lines[:, : width * channels]
     return view.reshape(height, width, channels) if channels > 1 else view
+
+
+def rgb_of(jpeg: bytes) -> np.ndarray:
+    """A JPEG's picture, RGB uint8 (H, W, 3).
+
+    Raises:
+        ValueError: It is no picture that can be decoded.
+    """
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise ValueError(f"a keyframe of {len(jpeg)} bytes cannot be decoded")
+    return image

@@ -18,16 +18,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
+from engine.operator import Failed
+
 _PR_SET_PDEATHSIG = 1
 _ROOT = Path(__file__).resolve().parents[1]
-
-
-class Failed(Exception):
-    """A call that gave no result: what a row records of it."""
-
-    def __init__(self, error_type: str, message: str, *, transient: bool = False):
-        super().__init__(message)
-        self.error_type, self.message, self.transient = error_type, message, transient
 
 
 class Sandbox:

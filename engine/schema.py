@@ -20,6 +20,8 @@ def field(name: str, kind: pa.DataType, about: str, *, unit: str = "") -> pa.Fie
 
 
 _text, _float, _real = pa.string(), pa.float32(), pa.float64()
+EMBEDDING = pa.list_(pa.float32(), 768)
+"""As wide as CLIP ViT-L/14's, which is the one that the aesthetic predictor reads."""
 
 VERDICT = pa.schema(
     [
@@ -34,10 +36,21 @@ VERDICT = pa.schema(
 )
 """What `engine.judge` decides; rewritten whenever rules change, in one commit."""
 
+ERRORS = pa.schema(
+    [
+        field("error_operator", _text, "operator that failed; null is the scan"),
+        field("error_type", _text, "exception class of a failed measurement"),
+        field("error", _text, "what was wrong, for a person"),
+        field("error_transient", pa.bool_(), "it may pass: the next run tries again"),
+    ]
+)
+"""Why a row lacks values; the first failure stands, and nothing is measured after it."""
+
 SOURCES = pa.schema(
     [
         field("source_id", _text, "uuid5 of the uri"),
         field("uri", _text, "absolute path or object-store URI"),
+        field("media", _text, "video or image; null in datasets from before images is video"),
         field("state", _text, "done, failed or duplicate"),
         field("error_type", _text, "exception class of a failure"),
         field("error", _text, "what was wrong, for a person"),
@@ -76,6 +89,7 @@ CLIPS = pa.schema(
         field("clip_id", _text, "uuid5 of content hash and span"),
         field("source_id", _text, "source it is a span of"),
         field("source_uri", _text, "where that source was"),
+        field("media", _text, "video or image; null is video"),
         field("start_s", _real, "first frame's time", unit="s"),
         field("end_s", _real, "end of the last frame's time", unit="s"),
         field("start_frame", pa.int64(), "index of the first frame in the source"),
@@ -90,21 +104,54 @@ CLIPS = pa.schema(
         field("black_area_frac", _float, "share of black pixels, mean over frames"),
         field("brightness", _float, "mean luma, 0 to 1"),
         field("black_frame_frac", _float, "share of black frames"),
-        field("aesthetic_score", _float, "LAION aesthetic predictor, 1 to 10"),
-        field("ocr_area_frac", _float, "share of the frame under text"),
-        field("watermark_score", _float, "probability of a watermark, by a VLM"),
-        field("overlay_score", _float, "static overlay, without weights"),
-        field("phash", pa.uint64(), "perceptual hash over keyframes"),
-        field("caption", _text, "generated caption"),
+        field(
+            "clip_embedding", EMBEDDING, "mean of the keyframes' unit-length CLIP embeddings"
+        ),
+        field("clip_model", _text, "CLIP model of the embedding and of clip_score"),
+        field("aesthetic_score", _float, "LAION aesthetic predictor, 1 to 10, mean over keyframes"),
+        field("ocr_area_frac", _float, "share of the frame under text, mean over keyframes"),
+        field("watermark_score", _float, "P(yes) / (P(yes) + P(no)) of a watermark, by a VLM"),
+        field("overlay_score", _float, "static overlay, without weights, 0 to 1"),
+        field("residual_cut_score", _float, "evidence of a cut inside the clip, 0 to 1"),
+        field("phash", pa.uint64(), "perceptual hash of the keyframe in the middle"),
+        field("phashes", pa.list_(pa.uint64()), "perceptual hash of each keyframe"),
+        field("caption", _text, "generated caption, cleaned"),
+        field("caption_raw", _text, "what the captioner said, word for word"),
         field("caption_original", _text, "caption found beside the input"),
+        field("caption_fault", _text, "empty, refusal, wrong_language, prompt_echo; '' is none"),
         field("repetition_2gram", _float, "2-gram repetition rate of the caption"),
         field("repetition_5gram", _float, "5-gram repetition rate of the caption"),
         field("repetition_10gram", _float, "10-gram repetition rate of the caption"),
         field("clip_score", _float, "CLIP similarity of caption and keyframes"),
         field("extra", _text, "manifest columns of its own, as one JSON object"),
-        field("error_type", _text, "exception class of a failed measurement"),
-        field("error", _text, "what was wrong, for a person"),
+        *ERRORS,
         field("duplicate_of", _text, "clip_id of the clip that stands for it"),
+        *VERDICT,
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        field("pair_id", _text, "uuid5 of clip_id, instruction and language"),
+        field("clip_id", _text, "clip (or image) that it describes: x0"),
+        field("source_id", _text, "source of that clip"),
+        field("source_uri", _text, "where that source was"),
+        field("media", _text, "video or image"),
+        field("start_s", _real, "first frame's time", unit="s"),
+        field("end_s", _real, "end of the last frame's time", unit="s"),
+        field("instruction", _text, "dense, multi_scene or multilingual"),
+        field("instruction_text", _text, "y_inst: the instruction with its slots open"),
+        field("language", _text, "language of the original, where the instruction names it"),
+        field("original", _text, "y_ori: short caption"),
+        field("original_source", _text, "given (found beside the input) or generated"),
+        field("rephrased", _text, "y_rephrase, cleaned"),
+        field("rephrased_raw", _text, "what the captioner said, word for word"),
+        field("caption_fault", _text, "of y_rephrase: refusal, wrong_scenes …; '' is none"),
+        field("repetition_2gram", _float, "2-gram repetition rate of y_rephrase"),
+        field("repetition_5gram", _float, "5-gram repetition rate of y_rephrase"),
+        field("repetition_10gram", _float, "10-gram repetition rate of y_rephrase"),
+        field("clip_score", _float, "CLIP similarity of y_rephrase and keyframes"),
+        *ERRORS,
         *VERDICT,
     ]
 )
@@ -142,5 +189,6 @@ TABLES: dict[str, pa.Schema] = {
     "sources": SOURCES,
     "clips": CLIPS,
     "keyframes": KEYFRAMES,
+    "pairs": PAIRS,
     "runs": RUNS,
 }

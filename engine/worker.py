@@ -22,8 +22,8 @@ from lance.fragment import FragmentMetadata
 
 from engine import storage
 from engine.judge import container_reject
-from engine.operator import Stage
-from engine.sandbox import Failed, Sandbox
+from engine.operator import Failed, Stage
+from engine.sandbox import Sandbox
 from engine.scan import Scan, SegmentScan, assemble, plan_segments, scan_segment
 from engine.schema import CLIPS, KEYFRAMES, SOURCES
 from engine.segments import Segment

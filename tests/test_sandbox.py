@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.sandbox import Failed, Sandbox
+from engine.operator import Failed
+from engine.sandbox import Sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
 
