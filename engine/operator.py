@@ -68,9 +68,8 @@ class Operator(ABC):
         function raises is pinned on single rows by trying them alone.
         """
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - most operators need nothing
         """Raises ValueError, with what to do, where something it needs (weights) is missing."""
-        return None
 
     @property
     def fingerprint(self) -> str:

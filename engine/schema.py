@@ -104,9 +104,7 @@ CLIPS = pa.schema(
         field("black_area_frac", _float, "share of black pixels, mean over frames"),
         field("brightness", _float, "mean luma, 0 to 1"),
         field("black_frame_frac", _float, "share of black frames"),
-        field(
-            "clip_embedding", EMBEDDING, "mean of the keyframes' unit-length CLIP embeddings"
-        ),
+        field("clip_embedding", EMBEDDING, "mean of the keyframes' unit-length CLIP embeddings"),
         field("clip_model", _text, "CLIP model of the embedding and of clip_score"),
         field("aesthetic_score", _float, "LAION aesthetic predictor, 1 to 10, mean over keyframes"),
         field("ocr_area_frac", _float, "share of the frame under text, mean over keyframes"),

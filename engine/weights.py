@@ -30,9 +30,7 @@ class Weights:
         if path.exists():
             return path.resolve()
         if self.at.startswith((".", "/", "~")) or self.at.count("/") != 1:
-            raise ValueError(
-                f"no weights at {self.at}: name a folder, a file or a hub id"
-            )
+            raise ValueError(f"no weights at {self.at}: name a folder, a file or a hub id")
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
