@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from engine import storage
+from engine import chain, storage
 from engine.accounts import Accounts, balance
 from engine.lease import EXPIRY_S, Lease
+from engine.measuring import SCAN_SHARE, Measuring, Tally
 from engine.operator import Failed, Stage
 from engine.pipeline import DEATHS_ALLOWED, outcomes
 from engine.plan import STORED, Plan, Policy, first_look, settle
@@ -48,6 +49,7 @@ HASH_HERE_BYTES = 256 * 2**20
 """Up to so much is hashed by the driver: less than it takes to start workers."""
 COMMIT_AT = 64
 """Outcomes that wait for a commit at most: with `commit_every_s`, what a death may cost."""
+PUMP_EVERY_S = 0.05
 PUBLISH_EVERY_S = 600.0
 PUBLISH_SHARE = 0.05
 """Of a run's time at most, that publishing verdicts before its end may take."""
@@ -82,6 +84,8 @@ class Progress:
     parts: int = 0
     parts_done: int = 0
     doing: str = "planning"
+    unit: str = "sources"
+    """What `sources`, `done` and `failed` count."""
     started: float = field(default_factory=time.monotonic)
 
 
@@ -93,6 +97,8 @@ class Result:
     run_id: str
     accounts: Accounts
     frames_decoded: int
+    measured: dict[str, Tally]
+    """What each operator did, by its class."""
     seconds: float
     interrupted: bool
 
@@ -134,16 +140,20 @@ class Curation:
             root=root,
             run_id=self.run_id,
             scan=scan,
-            stages=stages,
+            stages=tuple(Stage(name=s.name, rules=s.rules) for s in stages),
             measure_all=options.measure_all,
             time_limit_s=options.time_limit_s,
             memory_limit_bytes=int(options.memory_limit_gib * 2**30),
             aws=tuple(storage.aws_environment().items()),
         )
+        chain.keys(stages)  # says now what weights are missing
+        for operator in (o for s in stages for o in s.measures):
+            operator.check()
         self.frames_decoded = 0
         self._uncommitted: list[Outcome] = []
         self._committed_at = time.monotonic()
         self._publish_at = self._committed_at + PUBLISH_EVERY_S
+        self._pump_at = 0.0
 
     def run(self, listing: Listing) -> Result:
         """Does what is left to do; on Ctrl-C commits what is done and says so in the result.
@@ -160,12 +170,15 @@ class Curation:
             contextlib.ExitStack() as self._connection,
         ):
             self.writer = Writer(self.root, self.run_id, recovered=_log.warning)
+            self._adopt()
             self.writer.publish(self.stages)
+            self._connection.callback(self.measuring.close)
             try:
                 self._work(listing)
             except KeyboardInterrupt:
                 interrupted = True
             self._commit()
+            self.measuring.commit()
             self.progress.doing = "judging"
             self.watch(self.progress)
             self.writer.publish(self.stages)
@@ -180,6 +193,9 @@ class Curation:
                     "started_at": started,
                     "seconds": seconds,
                     "frames_decoded": self.frames_decoded,
+                    "operators": json.dumps(
+                        {n: dataclasses.asdict(t) for n, t in self.measuring.tallies.items()}
+                    ),
                     "interrupted": interrupted,
                     "counts": json.dumps(accounts.as_dict()),
                 }
@@ -191,9 +207,32 @@ class Curation:
             run_id=self.run_id,
             accounts=accounts,
             frames_decoded=self.frames_decoded,
+            measured=self.measuring.tallies,
             seconds=seconds,
             interrupted=interrupted,
         )
+
+    def _adopt(self) -> None:
+        """Makes ready to measure: what other operators measured, and what is tried again, goes."""
+        options = self.options
+        self.measuring = Measuring(
+            self.writer,
+            self.stages,
+            measure_all=options.measure_all,
+            commit_every_s=options.commit_every_s,
+            connect=self._connected,
+            aws=storage.aws_environment(),
+        )
+        redone = self.writer.adopt(
+            "clips",
+            self.measuring.operators,
+            chain.keys(self.stages),
+            retry_failed=options.retry_failed,
+        )
+        if redone:
+            _log.warning(
+                "measured again, as something they depend on changed: %s", ", ".join(redone)
+            )
 
     # Planning
 
@@ -212,22 +251,35 @@ class Curation:
         settle(plan, hashed, listing.sources, stored, policy)
         self._commit_settled(plan, stored)
         self.progress = Progress(sources=len(plan.units), doing="scanning")
+        self.measuring.excluded = {u.source_id for u in plan.units}
+        self.measuring.feeding = True
         self._scan(plan.units, stored)
+        self._commit()
+        self.measuring.drain(self._watch_measuring)
+
+    def _watch_measuring(self) -> None:
+        done, waiting = self.measuring.done, self.measuring.waiting
+        if self.progress.unit == "sources":
+            self.progress = Progress(doing="measuring", unit="clips")
+        self.progress.done, self.progress.sources = done, done + waiting
+        self.progress.failed = sum(t.failed for t in self.measuring.tallies.values())
+        self.watch(self.progress)
 
     def _stored(self) -> dict[str, dict[str, Any]]:
         rows = self.writer.table("sources").to_table(columns=STORED).to_pylist()
         return {row["uri"]: row for row in rows}
 
     def _unmeasured(self) -> frozenset[str]:
-        """Sources with clips to measure: no rule on what is known rejects them, or all are."""
-        wanted = [("clips", "state = 'pending'")]
-        if self.options.measure_all:
-            wanted.append(("sources", "state = 'done' AND NOT scanned"))
-        found: set[str] = set()
-        for name, which in wanted:
-            rows = self.writer.table(name).to_table(columns=["source_id"], filter=which)
-            found.update(rows["source_id"].to_pylist())
-        return frozenset(found)
+        """Sources to scan although their container rejected them once: today it does not."""
+
+        def ids(table: str, which: str) -> set[str]:
+            rows = self.writer.table(table).to_table(columns=["source_id"], filter=which)
+            return set(rows["source_id"].to_pylist())
+
+        unscanned = ids("sources", "state = 'done' AND NOT scanned")
+        if self.options.measure_all or not unscanned:
+            return frozenset(unscanned)
+        return frozenset(unscanned & ids("clips", "state = 'pending'"))
 
     def _vanished(self, listing: Listing, stored: dict[str, dict[str, Any]]) -> list[str]:
         listed = {s.uri for s in listing.sources}
@@ -401,16 +453,28 @@ class Curation:
 
     def _outcomes(self, units: Sequence[Unit]) -> Iterator[Outcome]:
         """Outcomes as they come, committed in between. Units whose worker died have none."""
-        if units and not ray.is_initialized():
-            _log.info("%s", self._connection.enter_context(self.connect()))
-        wait_s = min(1.0, self.options.commit_every_s)
-        for outcome in outcomes(units, self.job, workers=self.options.workers, wait_s=wait_s):
+        if units:
+            self._connected()
+        for outcome in outcomes(
+            units,
+            self.job,
+            workers=self.options.workers,
+            share=SCAN_SHARE if self.measuring.operators else 1.0,
+            wait_s=min(0.2 if self.measuring.waiting else 1.0, self.options.commit_every_s),
+        ):
+            if time.monotonic() > self._pump_at:
+                self.measuring.pump()
+                self._pump_at = time.monotonic() + PUMP_EVERY_S
             if outcome is not None:
                 yield outcome
                 continue
             self.watch(self.progress)
             if self._uncommitted and self._is_due(time.monotonic()):
                 self._commit()
+
+    def _connected(self) -> None:
+        if not ray.is_initialized():
+            _log.info("%s", self._connection.enter_context(self.connect()))
 
     def _is_due(self, now: float) -> bool:
         return now - self._committed_at > self.options.commit_every_s
@@ -445,6 +509,8 @@ class Curation:
                 keyframes=keyframes,
                 replaces=replaces,
             )
+            self.measuring.excluded -= {row["source_id"] for row in rows}
+            self.measuring.rows_came()
 
     def _disinherited(self, unit: Unit) -> dict[str, Any]:
         """The row of a source that is gone, now that another with its content stands for it."""

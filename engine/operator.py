@@ -9,9 +9,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from engine.duplicates import Distinct
 
 
 class Failed(Exception):
@@ -28,7 +31,7 @@ class Failed(Exception):
         self.error_type, self.message, self.transient = error_type, message, transient
 
 
-def resource(default: float) -> Any:
+def resource(default: float | None) -> Any:
     """A field that says where an operator runs; it is no part of the fingerprint."""
     return dataclasses.field(default=default, metadata={"resource": True})
 
@@ -45,13 +48,15 @@ class Operator(ABC):
     order of time: list<struct<time_s: float64, jpeg: binary>>."""
     writes: ClassVar[pa.Schema]
     """Columns it produces: exact Arrow types, with `unit` and `source` in the field metadata. The
-    first one is null only where the measurement failed."""
+    first that is no list (`marker`) is null only where the measurement failed."""
     version: ClassVar[int] = 1
     """Raised when the numbers change for the same parameters."""
     libraries: ClassVar[tuple[str, ...]] = ()
     """Distributions that compute the numbers; their major.minor versions are in the fingerprint."""
     media: ClassVar[tuple[str, ...]] = ("video", "image")
     """What it can be measured on."""
+    row: ClassVar[str] = "clip"
+    """What a row of its table is; others than clips (and pairs) are a scan's own business."""
 
     batch_size: int = resource(32)
     """Rows given to one call."""
@@ -59,6 +64,8 @@ class Operator(ABC):
     """Share of CPU cores that one copy takes."""
     num_gpus: float = resource(0.0)
     """Share of a GPU that one copy takes, where the cluster has any."""
+    copies: int | None = resource(None)
+    """How many copies there may be at most; None is as many as there is room for."""
 
     @abstractmethod
     def load(self) -> Callable[[pa.Table], pa.Table]:
@@ -70,6 +77,11 @@ class Operator(ABC):
 
     def check(self) -> None:  # noqa: B027 - most operators need nothing
         """Raises ValueError, with what to do, where something it needs (weights) is missing."""
+
+    @property
+    def marker(self) -> str:
+        """The column that tells whether a row was measured: the first that is small."""
+        return next(f.name for f in self.writes if not pa.types.is_nested(f.type))
 
     @property
     def fingerprint(self) -> str:
@@ -150,3 +162,10 @@ class Stage:
     name: str
     operators: tuple[Operator, ...] = ()
     rules: tuple[Rule, ...] = ()
+    distinct: Distinct | None = None
+    """Which of the clips that all rules keep count as the same; one of them stays."""
+
+    @property
+    def measures(self) -> tuple[Operator, ...]:
+        """Its operators over stored rows."""
+        return tuple(o for o in self.operators if o.row == "clip")

@@ -34,7 +34,7 @@ _LOST_WORKER = (
 
 
 def outcomes(
-    units: Sequence[Unit], job: Job, *, workers: int | None, wait_s: float
+    units: Sequence[Unit], job: Job, *, workers: int | None, share: float, wait_s: float
 ) -> Iterator[Outcome | None]:
     """Outcomes as they come, and None whenever none came for `wait_s`.
 
@@ -45,6 +45,7 @@ def outcomes(
         units: What to do.
         job: What they share.
         workers: Actors that read; None is one a core of the cluster.
+        share: Of a core, what each asks Ray for: less than 1 where others work beside them.
         wait_s: In seconds.
 
     Raises:
@@ -54,7 +55,7 @@ def outcomes(
         return
     began, silent = time.monotonic(), True
     found: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_feed, args=(units, job, workers, found), daemon=True).start()
+    threading.Thread(target=_feed, args=(units, job, workers, share, found), daemon=True).start()
     while True:
         try:
             item = found.get(timeout=wait_s)
@@ -82,17 +83,23 @@ def outcomes(
 
 
 def _feed(
-    units: Sequence[Unit], job: Job, workers: int | None, found: queue.SimpleQueue[Any]
+    units: Sequence[Unit],
+    job: Job,
+    workers: int | None,
+    share: float,
+    found: queue.SimpleQueue[Any],
 ) -> None:
     try:
-        for row in _pipeline(units, job, workers).iter_rows():
+        for row in _pipeline(units, job, workers, share).iter_rows():
             found.put(row["outcome"])
         found.put(None)
     except BaseException as error:  # noqa: BLE001 - the driver's thread raises it
         found.put(error)
 
 
-def _pipeline(units: Sequence[Unit], job: Job, workers: int | None) -> ray.data.Dataset:
+def _pipeline(
+    units: Sequence[Unit], job: Job, workers: int | None, share: float
+) -> ray.data.Dataset:
     cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
     size = min(len(units), workers or cores)
     blocks = [
@@ -104,7 +111,7 @@ def _pipeline(units: Sequence[Unit], job: Job, workers: int | None) -> ray.data.
         fn_constructor_args=(job,),
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=1,
+        num_cpus=share,
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=size, initial_size=size, max_tasks_in_flight_per_actor=2
         ),

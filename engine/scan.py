@@ -90,6 +90,7 @@ class Scan(Operator):
     """What one pass over a source measures."""
 
     reads: ClassVar[tuple[str, ...]] = ("path",)
+    row: ClassVar[str] = "source"
     libraries: ClassVar[tuple[str, ...]] = ("av", "opencv-python", "scenedetect", "numpy")
 
     shots: Shots = "adaptive"

@@ -32,6 +32,7 @@ VERDICT = pa.schema(
         field("rule_column", _text, "column that the rejecting rule read"),
         field("rule_value", _real, "value that the rule found"),
         field("rule_bound", _real, "bound that the value crossed"),
+        field("duplicate_of", _text, "id of the kept one that stands for it"),
     ]
 )
 """What `engine.judge` decides; rewritten whenever rules change, in one commit."""
@@ -123,7 +124,6 @@ CLIPS = pa.schema(
         field("clip_score", _float, "CLIP similarity of caption and keyframes"),
         field("extra", _text, "manifest columns of its own, as one JSON object"),
         *ERRORS,
-        field("duplicate_of", _text, "clip_id of the clip that stands for it"),
         *VERDICT,
     ]
 )
@@ -172,6 +172,7 @@ RUNS = pa.schema(
         field("recipe", _text, "name of the recipe"),
         field("resolved", _text, "the whole recipe, as JSON"),
         field("fingerprint", _text, "of the scan"),
+        field("operators", _text, "rows, batches and seconds of each operator, as JSON"),
         field("versions", _text, "library versions, as JSON"),
         field("git_commit", _text, "commit of this project, where known"),
         field("src", _text, "what was asked for, as JSON"),
@@ -182,6 +183,9 @@ RUNS = pa.schema(
         field("counts", _text, "sources, clips and reasons at the end, as JSON"),
     ]
 )
+
+GIVEN = ("caption_original",)
+"""Columns of clips that a source may come without: what reads them does not apply then."""
 
 TABLES: dict[str, pa.Schema] = {
     "sources": SOURCES,

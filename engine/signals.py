@@ -64,6 +64,7 @@ class FrameSignal(Operator):
     """An operator whose rows are consecutive frames of one source."""
 
     reads: ClassVar[tuple[str, ...]] = FRAMES
+    row: ClassVar[str] = "frame"
     libraries: ClassVar[tuple[str, ...]] = ("opencv-python", "numpy")
     context: ClassVar[int] = 0
     """Frames before a frame that its value depends on; these must lie in the same clip to count."""

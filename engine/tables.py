@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lance
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from lance import LanceOperation
@@ -33,15 +34,17 @@ from lance.commit import CommitConflictError
 from lance.fragment import FragmentMetadata, LanceFragment, write_fragments
 
 from engine import storage
-from engine.judge import columns_read, judge
-from engine.operator import Stage
-from engine.schema import FORMAT, TABLES, VERDICT
+from engine.judge import columns_read, judge, with_duplicates
+from engine.operator import Operator, Stage
+from engine.schema import ERRORS, FORMAT, TABLES, VERDICT
 
 STORAGE_VERSION = "2.2"  # the first with blob columns
 COMPACT_AT = 64
 """Small fragments a table may have before they are compacted."""
 KEPT_VERSIONS = 64
 """Versions of a table that stay readable behind the newest (a tag keeps one for good)."""
+KEYS = {"clips": "clip_id", "pairs": "pair_id"}
+"""The column that names a row, of tables whose rows are measured and judged."""
 ROWS_PER_FRAGMENT = {"keyframes": 8_192}
 """Rows of a full fragment where rows are large; `_FULL` elsewhere."""
 _FULL = 131_072
@@ -186,6 +189,14 @@ class _Table:
         transaction = self.at.read_transaction(version or self.at.version)
         return (transaction.transaction_properties or {}) if transaction else {}
 
+    def rows_with(self, column: str, values: Sequence[str]) -> pa.Table:
+        """Whole rows with these values."""
+        parts = [
+            self.at.to_table(filter=_among(column, values[start : start + _ASKED_AT_ONCE]))
+            for start in range(0, len(values), _ASKED_AT_ONCE)
+        ]
+        return pa.concat_tables(parts).select(TABLES[self.name].names)
+
     def without(self, column: str, values: Sequence[str]) -> tuple[list[FragmentMetadata], list]:
         """Fragments changed, and ids of fragments emptied, when rows with these values go."""
         held: dict[int, set[str]] = defaultdict(set)
@@ -215,10 +226,12 @@ class Writer:
 
     def __init__(self, root: str, run_id: str, recovered: Callable[[str], None] = lambda _: None):
         self.root, self.run_id = root, run_id
+        for name, schema in TABLES.items():  # one made by an earlier version may lack a table
+            _create_table(table_uri(root, name), schema)
         self._tables = {name: _Table(name=name, at=read(root, name)) for name in TABLES}
-        for name in ("clips", "keyframes", "runs", "sources"):
+        for name in sorted(TABLES, key=lambda name: name == "sources"):
             self._seal(name)
-        belonging = self._belonging()
+        belonging, self._keys = self._recorded()
         if any(self._tables[name].at.version < version for name, version in belonging.items()):
             raise LeaseLost(f"{root} was taken over by another run; this one stops")
         for name, version in belonging.items():
@@ -241,14 +254,15 @@ class Writer:
                     raise
                 self._tables[name].at = read(self.root, name)
 
-    def _belonging(self) -> dict[str, int]:
-        """Versions of the other tables that `sources` says belong to it: what they are without."""
+    def _recorded(self) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
+        """What `sources` says belongs to it: versions of tables, and keys of operators."""
         table = self._tables["sources"]
-        for version in range(table.at.version, 0, -1):  # seals and compactions say nothing
+        for version in range(table.at.version, 0, -1):  # compactions say nothing
             found = table.properties(version)
             if found.keys() >= set(_RECORDED):
-                return {name: int(found[name]) for name in _RECORDED}
-        return dict.fromkeys(_RECORDED, 1)
+                versions = {name: int(found[name]) for name in _RECORDED}
+                return versions, json.loads(found.get("operators", "{}"))
+        return dict.fromkeys(_RECORDED, 1), {}
 
     @staticmethod
     def _take_back(table: _Table, recorded: int) -> bool:
@@ -280,7 +294,8 @@ class Writer:
         self._tables["sources"].seal(**self._versions())
 
     def _versions(self) -> dict[str, str]:
-        return {n: str(self._tables[n].at.version) for n in _RECORDED} | {"run": self.run_id}
+        versions = {n: str(self._tables[n].at.version) for n in _RECORDED}
+        return versions | {"run": self.run_id, "operators": json.dumps(self._keys)}
 
     def table(self, name: str) -> lance.LanceDataset:
         """A table as of this driver's last commit."""
@@ -332,15 +347,108 @@ class Writer:
         return write_rows(self.root, name, rows) if rows is not None and rows.num_rows else []
 
     @uninterrupted()
-    def publish(self, stages: Sequence[Stage]) -> int:
-        """Judges every clip by its stored columns and publishes the verdicts in one commit.
+    def append(self, name: str, rows: pa.Table | Sequence[FragmentMetadata]) -> None:
+        """Adds rows, or fragments that workers wrote, to a table that sources do not commit to."""
+        new = self._fragments(name, rows) if isinstance(rows, pa.Table) else list(rows)
+        if new:
+            self._tables[name].commit(LanceOperation.Append(new))
+            self._compact()
+
+    @uninterrupted()
+    def remove(self, name: str, column: str, values: Sequence[str]) -> None:
+        """Deletes rows of such a table."""
+        changed, emptied = self._tables[name].without(column, values)
+        if changed or emptied:
+            self._tables[name].commit(
+                LanceOperation.Delete(changed, emptied, predicate=f"{column} given")
+            )
+
+    @uninterrupted()
+    def amend(self, name: str, changes: Sequence[pa.Table]) -> None:
+        """Puts new values into rows, all in one commit.
+
+        Rows that are not there (any more) are left out.
+
+        Args:
+            name: Table, one of `KEYS`.
+            changes: Each with the key column and the columns to change, no key twice.
+        """
+        key, table = KEYS[name], self._tables[name]
+        ids = pc.unique(pa.concat_arrays([c for t in changes for c in t[key].chunks]))
+        rows = table.rows_with(key, ids.to_pylist())
+        if not rows.num_rows:
+            return
+        for change in changes:
+            rows = _overlaid(rows, change, key)
+        changed, emptied = table.without(key, rows[key].to_pylist())
+        table.commit(
+            LanceOperation.Update(
+                removed_fragment_ids=emptied,
+                updated_fragments=changed,
+                new_fragments=self._fragments(name, rows),
+            ),
+            kind="rows",
+        )
+        self._record()
+        self._compact()
+
+    @uninterrupted()
+    def adopt(
+        self,
+        name: str,
+        operators: Sequence[Operator],
+        keys: dict[str, str],
+        *,
+        retry_failed: bool = False,
+    ) -> list[str]:
+        """Forgets values that other operators measured, and failures that are to be tried again.
+
+        Args:
+            name: Table.
+            operators: Those of today's stages.
+            keys: For each one's marker column, what its values depend on (`engine.chain.keys`).
+            retry_failed: Final failures too.
 
         Returns:
-            How many clips changed their verdict.
+            Names of operators whose stored values went.
         """
-        table = self._tables["clips"]
+        table, known = self._tables[name], self._keys.get(name, {})
+        stale = [o for o in operators if known.get(o.marker) != keys[o.marker]]
+        updates, lost = [], set()
+        for fragment in table.at.get_fragments():
+            updated, markers = _forgotten(fragment, stale, retry_failed)
+            if updated is not None:
+                updates.append(updated)
+                lost |= markers
+        if updates:
+            table.commit(
+                LanceOperation.Update(
+                    updated_fragments=[metadata for metadata, _ in updates],
+                    fields_modified=updates[0][1],
+                    update_mode="rewrite_columns",
+                ),
+                kind="rows",
+            )
+        if updates or stale:
+            self._keys[name] = keys
+            self._record()
+        return [type(o).__name__ for o in stale if o.marker in lost]
+
+    @uninterrupted()
+    def publish(self, stages: Sequence[Stage], name: str = "clips") -> int:
+        """Judges every row by its stored columns and publishes the verdicts in one commit.
+
+        Near-duplicates are settled here, over the whole dataset. A pair whose clip is not kept is
+        rejected with it.
+
+        Returns:
+            How many rows changed their verdict.
+        """
+        table = self._tables[name]
+        fragments = table.at.get_fragments()
+        overrule = self._unkept() if name == "pairs" else _overrule_copies(fragments, stages)
         with ThreadPoolExecutor() as threads:  # Lance and Arrow work outside of Python's lock
-            judged = threads.map(lambda f: _judged(f, stages), table.at.get_fragments())
+            judged = threads.map(lambda f: _judged(f, stages, overrule), fragments)
             changes = [found for found in judged if found is not None]
         updates = [updated for updated, _, _ in changes]
         num_changed = sum(num for _, _, num in changes)
@@ -355,6 +463,22 @@ class Writer:
             )
             self._record()
         return num_changed
+
+    def _unkept(self) -> _Overrule:
+        kept = self.table("clips").to_table(columns=["clip_id"], filter="kept")["clip_id"]
+
+        def overrule(rows: pa.Table, verdicts: pa.Table) -> pa.Table:
+            gone = pc.invert(pc.is_in(rows["clip_id"], kept))
+            changes = {"state": "rejected", "stage": "clips", "reason": "clip is not kept"}
+            columns = [
+                pc.if_else(gone, changes.get(f.name, pa.scalar(None, f.type)), verdicts[f.name])
+                for f in VERDICT
+                if f.name != "kept"
+            ]
+            columns.insert(VERDICT.names.index("kept"), pc.and_not(verdicts["kept"], gone))
+            return pa.table(columns, schema=VERDICT)
+
+        return _Overrule(("clip_id",), overrule)
 
     @uninterrupted()
     def add_run(self, row: dict[str, Any]) -> None:
@@ -404,19 +528,102 @@ def write_rows(
     )
 
 
+@dataclass(frozen=True)
+class _Overrule:
+    """What the rest of a dataset says of a row, after its own values have spoken."""
+
+    reads: tuple[str, ...]
+    apply: Callable[[pa.Table, pa.Table], pa.Table]
+    """From rows and their verdicts to verdicts."""
+
+
+def _overrule_copies(
+    fragments: Sequence[LanceFragment], stages: Sequence[Stage]
+) -> _Overrule | None:
+    """Settles near-duplicates among the rows that all rules keep."""
+    stage = next((s for s in stages if s.distinct), None)
+    if stage is None or stage.distinct is None:
+        return None
+    columns = list(stage.distinct.columns)
+    kept = []
+    for fragment in fragments:
+        rows = fragment.to_table(columns=columns_read(stages))
+        indices = np.flatnonzero(judge(rows, stages)["kept"].to_numpy())
+        if len(indices):
+            kept.append(fragment.take(indices.tolist(), columns=columns))
+    if not kept:
+        return None
+    from engine.duplicates import settle
+
+    candidates = pa.concat_tables(kept)
+    stands = settle(candidates, stage.distinct)
+    stands_for = dict(zip(candidates["clip_id"].to_pylist(), stands.to_pylist(), strict=True))
+    copies = {clip: keeper for clip, keeper in stands_for.items() if keeper}
+
+    def overrule(rows: pa.Table, verdicts: pa.Table) -> pa.Table:
+        of = [copies.get(clip_id) for clip_id in rows["clip_id"].to_pylist()]
+        return with_duplicates(verdicts, stage.name, pa.array(of, pa.string()))
+
+    return _Overrule(("clip_id",), overrule) if copies else None
+
+
 def _judged(
-    fragment: LanceFragment, stages: Sequence[Stage]
+    fragment: LanceFragment, stages: Sequence[Stage], overrule: _Overrule | None
 ) -> tuple[FragmentMetadata, list[int], int] | None:
     """A fragment with its verdicts of today, the fields written and how many rows changed."""
-    columns = dict.fromkeys([*columns_read(stages), *VERDICT.names])
+    more = overrule.reads if overrule else ()
+    columns = dict.fromkeys([*columns_read(stages), *more, *VERDICT.names])
     rows = fragment.to_table(columns=list(columns), with_row_id=True)
     verdicts = judge(rows, stages)
+    if overrule:
+        verdicts = overrule.apply(rows, verdicts)
     num_changed = _rows_that_differ(rows.select(VERDICT.names), verdicts)
     if not num_changed:
         return None
     found = verdicts.add_column(0, "_rowid", rows["_rowid"])
     updated, fields = fragment.update_columns(found, left_on="_rowid", right_on="_rowid")
     return updated, fields, num_changed
+
+
+def _forgotten(
+    fragment: LanceFragment, stale: Sequence[Operator], retry_failed: bool
+) -> tuple[tuple[FragmentMetadata, list[int]] | None, set[str]]:
+    """A fragment without stale values and failures, and the markers of what it held."""
+    markers = [o.marker for o in stale]
+    rows = fragment.to_table(columns=[*markers, *ERRORS.names], with_row_id=True)
+    held = {m for m in markers if rows[m].null_count < rows.num_rows}
+    again = pc.is_in(
+        rows["error_operator"], pa.array([type(o).__name__ for o in stale], pa.string())
+    )
+    transient = pc.fill_null(rows["error_transient"], False)
+    if retry_failed:
+        transient = pa.chunked_array([pa.array([True] * rows.num_rows, pa.bool_())])
+    again = pc.or_(again, pc.and_(pc.is_valid(rows["error_operator"]), transient))
+    if not held and not pc.any(again).as_py():
+        return None, set()
+    columns = {"_rowid": rows["_rowid"]}
+    columns |= {
+        n: pc.if_else(again, None, rows[n]).cast(ERRORS.field(n).type) for n in ERRORS.names
+    }
+    columns |= {f.name: pa.nulls(rows.num_rows, f.type) for o in stale for f in o.writes}
+    return fragment.update_columns(pa.table(columns), left_on="_rowid", right_on="_rowid"), held
+
+
+def _overlaid(rows: pa.Table, change: pa.Table, key: str) -> pa.Table:
+    """Rows with another table's values, where it has the row."""
+    place = pc.index_in(rows[key], change[key])
+    index = pc.if_else(
+        pc.is_valid(place),
+        pc.add(pc.fill_null(place, 0), rows.num_rows),
+        pa.array(range(rows.num_rows), pa.int32()),
+    )
+    for name in change.column_names:
+        if name != key:
+            kind = rows.schema.field(name).type
+            both = pa.chunked_array([*rows[name].chunks, *change[name].cast(kind).chunks], kind)
+            at = rows.schema.get_field_index(name)
+            rows = rows.set_column(at, rows.schema.field(name), both.take(index).combine_chunks())
+    return rows
 
 
 def _rows_that_differ(old: pa.Table, new: pa.Table) -> int:

@@ -158,7 +158,10 @@ class Watcher:
     def __call__(self, now: Any) -> None:
         """Shows where the run is; `now` is an `engine.curation.Progress`."""
         seconds = max(time.monotonic() - now.started, 1e-9)
-        facts = f"{now.clips} clips, {now.failed} failed, {now.frames / seconds:.0f} frames/s"
+        facts = f"{now.failed} failed, {now.done / seconds:.1f} {now.unit}/s"
+        if now.unit == "sources":
+            rate = f"{now.frames / seconds:.0f} frames/s"
+            facts = f"{now.clips} clips, {now.failed} failed, {rate}"
         if now.parts:
             facts += f", parts {now.parts_done}/{now.parts}"
         if self.live:
@@ -174,7 +177,7 @@ class Watcher:
             rate = now.done / seconds
             left = f", {(now.sources - now.done) / rate:.0f} s left" if rate else ""
             err.print(
-                f"{now.doing}: {now.done}/{now.sources} sources, {facts}{left}", highlight=False
+                f"{now.doing}: {now.done}/{now.sources} {now.unit}, {facts}{left}", highlight=False
             )
 
 

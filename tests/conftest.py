@@ -249,7 +249,10 @@ Curate = Callable[..., Any]
 
 @pytest.fixture
 def curate(connection: None) -> Curate:
-    """A whole run in this process: curate(src, dst, **options) gives its result."""
+    """A whole run in this process: curate(src, dst, **options) gives its result.
+
+    The stages are the basic and quality ones, and those given as `further`.
+    """
     from engine.curation import Curation, Options
     from engine.sources import list_sources
     from engine.tables import create
@@ -262,6 +265,8 @@ def curate(connection: None) -> Curate:
         *,
         bounds: tuple[str, ...] = (),
         scan: dict[str, Any] | None = None,
+        further: tuple[Any, ...] = (),
+        watch: Callable[[Any], None] = lambda _: None,
         **options: Any,
     ) -> Any:
         recipe = CLASSIC.with_scan(**(scan or {}))
@@ -270,9 +275,10 @@ def curate(connection: None) -> Curate:
             str(dst),
             recipe=recipe.name,
             scan=recipe.scan,
-            stages=with_bounds(recipe.stages, bounds),
+            stages=with_bounds((*recipe.stages[:2], *further), bounds),
             options=Options(**options),
             connect=contextlib.nullcontext,
+            watch=watch,
         ).run(list_sources([str(s) for s in src] if isinstance(src, list) else str(src)))
 
     return call

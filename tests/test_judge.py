@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from engine.judge import columns_read, container_reject, judge
-from engine.operator import Rule, Stage
+from engine.judge import columns_read, container_reject, judge, with_duplicates
+from engine.operator import Operator, Rule, Stage
 from engine.schema import CLIPS, VERDICT
 
 STAGES = (
@@ -39,8 +41,8 @@ GOOD = {
     "black_area_frac": 0.1,
     "brightness": 0.5,
     "black_frame_frac": 0.0,
+    "media": "video",
     "error_type": None,
-    "duplicate_of": None,
 }
 
 
@@ -96,6 +98,7 @@ def test_the_first_rule_in_order_gives_the_reason_with_its_value_and_bound() -> 
         "rule_column": "num_frames",
         "rule_value": 10.0,
         "rule_bound": 65.0,
+        "duplicate_of": None,
     }
 
 
@@ -113,9 +116,89 @@ def test_a_failed_measurement_makes_a_clip_failed_not_pending() -> None:
     assert (found["state"], found["stage"]) == ("failed", "basic")
 
 
-def test_a_copy_is_a_duplicate_only_where_it_would_be_kept() -> None:
-    assert verdict(duplicate_of="x")["state"] == "duplicate"
-    assert verdict(duplicate_of="x", brightness=0.0)["state"] == "rejected"
+def test_a_copy_of_a_kept_clip_becomes_its_duplicate_and_others_stay_as_they_are() -> None:
+    judged = judge(clips({}, {}, {"brightness": 0.0}), STAGES)
+    found = with_duplicates(judged, "same", pa.array([None, "x", None])).to_pylist()
+    assert [v["state"] for v in found] == ["kept", "duplicate", "rejected"]
+    assert [v["kept"] for v in found] == [True, False, False]
+    assert (found[1]["stage"], found[1]["duplicate_of"]) == ("same", "x")
+    assert found[2]["reason"] == "brightness<0.2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measure(Operator):
+    """Stands in the stages only: these tests are about verdicts."""
+
+    name: str
+    reads: tuple[str, ...] = ("keyframes",)
+    media: tuple[str, ...] = ("video", "image")
+
+    @property
+    def writes(self) -> pa.Schema:
+        return pa.schema([CLIPS.field(self.name)])
+
+    def load(self) -> Callable[[pa.Table], pa.Table]:
+        raise AssertionError
+
+
+CAPTIONED = (
+    *STAGES,
+    Stage(
+        name="watermark",
+        operators=(_Measure(name="overlay_score", media=("video",)),),
+        rules=(Rule(column="overlay_score", hi=0.5),),
+    ),
+    Stage(name="recaption", operators=(_Measure(name="caption"),)),
+    Stage(
+        name="caption",
+        operators=(
+            _Measure(name="caption_fault", reads=("caption",)),
+            _Measure(name="clip_score", reads=("caption_original",)),
+        ),
+        rules=(Rule(column="caption_fault", empty=True), Rule(column="clip_score", lo=0.25)),
+    ),
+)
+WHOLE = GOOD | {
+    "overlay_score": 0.1,
+    "caption": "A dog runs.",
+    "caption_fault": "",
+    "clip_score": None,
+    "caption_original": None,
+}
+
+
+def staged(**values: object) -> tuple[str, str | None, str | None]:
+    row = WHOLE | values
+    schema = pa.schema([CLIPS.field(name) for name in row])
+    found = judge(pa.Table.from_pylist([row], schema=schema), CAPTIONED).to_pylist()[0]
+    return found["state"], found["stage"], found["reason"]
+
+
+def test_what_an_operator_of_a_stage_has_not_written_makes_a_clip_pending_there() -> None:
+    assert staged() == ("kept", None, None)
+    assert staged(overlay_score=None) == ("pending", "watermark", None)
+    assert staged(caption=None, caption_fault=None) == ("pending", "recaption", None)
+    assert staged(caption=None, error_type="X") == ("failed", "recaption", None)
+    assert staged(caption="", caption_fault="") == ("kept", None, None)
+
+
+def test_a_measurement_applies_only_where_the_facts_it_reads_are_there() -> None:
+    assert staged(caption_original="A dog.") == ("pending", "caption", None)
+    low = staged(caption_original="A dog.", clip_score=0.1)
+    assert low == ("rejected", "caption", "clip_score<0.25")
+
+
+def test_each_word_of_a_rule_about_words_is_a_reason_of_its_own() -> None:
+    assert staged(caption_fault="refusal") == ("rejected", "caption", "caption_fault=refusal")
+    assert staged(caption_fault="empty") == ("rejected", "caption", "caption_fault=empty")
+
+
+def test_rules_about_frames_and_time_do_not_apply_to_images() -> None:
+    none = dict.fromkeys(("num_frames", "duration_s", "motion_score", "black_frame_frac"))
+    assert staged(media="image", overlay_score=None, **none) == ("kept", None, None)
+    assert staged(overlay_score=None, **none)[:2] == ("pending", "basic")
+    assert staged(media="image", **none | {"brightness": 0.1})[2] == "brightness<0.2"
+    assert staged(media="image", **none | {"aspect_ratio": 0.5})[2] == "aspect_ratio<1"
 
 
 def test_verdicts_do_not_depend_on_the_order_of_rows() -> None:
@@ -138,6 +221,8 @@ def test_a_million_verdicts_take_less_than_two_seconds() -> None:
         {
             name: pa.nulls(num, CLIPS.field(name).type)
             if value is None
+            else pa.array([value] * num)
+            if isinstance(value, str)
             else pa.array(rng.random(num) * 2 * value).cast(CLIPS.field(name).type, safe=False)
             for name, value in GOOD.items()
         }
