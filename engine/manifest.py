@@ -24,7 +24,8 @@ from engine import storage
 _log = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet", ".lance")
-_COLUMNS = ("uri", "caption", "start_s", "end_s")
+_COLUMNS = ("uri", "caption", "start_s", "end_s", "media")
+_MEDIA = ("video", "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class Row:
     span: tuple[float, float] | None
     caption: str | None
     extra: str | None
+    media: str | None = None
+    """video or image, where the row says so."""
 
 
 def read_manifest(manifest: str) -> Iterator[Row]:
@@ -43,8 +46,8 @@ def read_manifest(manifest: str) -> Iterator[Row]:
 
     Args:
         manifest: Path or URI with one of the suffixes in `SUFFIXES`. Its `uri` column is required,
-            `caption`, `start_s` and `end_s` are optional, others become `extra`. Text has one uri a
-            line, and comments after a `#` at a line's start.
+            `caption`, `start_s`, `end_s` and `media` (video or image) are optional, others become
+            `extra`. Text has one uri a line, and comments after a `#` at a line's start.
 
     Raises:
         ValueError: A row is not usable; one line that names it.
@@ -107,7 +110,8 @@ def _row(place: str, values: Mapping[str, Any], folder: str) -> Row:
     except ValueError as e:
         raise ValueError(f"{place}: {e}") from e
     extra = as_extra({name: v for name, v in values.items() if name not in _COLUMNS})
-    return Row(place, _resolve(folder, uri), _span(place, values), caption, extra)
+    span, media = _span(place, values), _media(place, values)
+    return Row(place, _resolve(folder, uri), span, caption, extra, media)
 
 
 def _resolve(folder: str, uri: str) -> str:
@@ -117,6 +121,19 @@ def _resolve(folder: str, uri: str) -> str:
         return storage.absolute(storage.join(folder, uri))
     scheme, rest = storage.join(folder, uri).split("://", 1)
     return f"{scheme}://{posixpath.normpath(rest)}"
+
+
+def _media(place: str, values: Mapping[str, Any]) -> str | None:
+    value = values.get("media")
+    word = value.strip().lower() if isinstance(value, str) else value
+    if not word:
+        return None
+    if word not in _MEDIA:
+        raise ValueError(
+            f"{place}: media must be video or image, found {value!a:.80}; correct it, or rename "
+            "the column if it means something else"
+        )
+    return word
 
 
 def _span(place: str, values: Mapping[str, Any]) -> tuple[float, float] | None:

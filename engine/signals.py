@@ -114,6 +114,7 @@ class BlackArea(FrameSignal):
 class BlackFrames(FrameSignal):
     """Whether at least `share` of a frame is darker than `level`; of a clip, the share of such."""
 
+    media: ClassVar[tuple[str, ...]] = ("video",)
     writes: ClassVar[pa.Schema] = _schema(
         "black_frame_frac", "share of black frames", kind=pa.bool_()
     )
@@ -158,6 +159,7 @@ class Motion(FrameSignal):
     Source: Kroeger et al., "Fast Optical Flow using Dense Inverse Search" (2016).
     """
 
+    media: ClassVar[tuple[str, ...]] = ("video",)
     writes: ClassVar[pa.Schema] = _schema(
         "motion_score", "mean optical flow, longer side 320 px", unit="px/frame"
     )

@@ -1,4 +1,4 @@
-"""What to read: videos of folders, globs, manifests or by name, with what stands beside them."""
+"""What to read: videos and images of folders, globs, manifests or by name, with what is beside."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from engine import storage
 from engine.folders import Entry, listing
 from engine.manifest import SUFFIXES, as_caption, as_extra, read_manifest, shown, suffix_of
 
-MEDIA_SUFFIXES = frozenset(
+VIDEO_SUFFIXES = frozenset(
     ".3g2 .3gp .asf .avi .divx .f4v .flv .m1v .m2ts .m2v .m4v .mkv .mov .mp4 .mpe .mpeg .mpg .mts"
     " .mxf .ogm .ogv .qt .rm .rmvb .ts .vob .webm .wmv .y4m".split()
 )
+IMAGE_SUFFIXES = frozenset(".avif .bmp .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
+"""What is read of still pictures. A GIF, which moves, is a video, and only where a manifest names
+it; HEIC, JPEG XL and JPEG 2000 are not read."""
+MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 """In a folder or glob, a name with one of these (in any case) is a source whatever it holds."""
 SIDECAR_SUFFIXES = (".txt", ".json")
 MAX_SIDECAR_BYTES = 1 << 20
@@ -45,6 +49,8 @@ class Source:
         caption: Of the whole file, from a manifest or else a sidecar.
         extra: Manifest columns and sidecar keys that we do not know, as one JSON object.
         error: One line for a person, e.g. that a manifest lists a file which is not there.
+        media: `video` or `image`, by what a manifest says, else by the suffix; None: neither tells,
+            and the content decides when it is read.
     """
 
     uri: str
@@ -55,6 +61,7 @@ class Source:
     caption: str | None = None
     extra: str | None = None
     error: str | None = None
+    media: str | None = "video"
 
 
 @dataclass(frozen=True)
@@ -77,22 +84,26 @@ class _Named:
     extra: str | None = None
     entry: Entry | None = None
     sidecars: Sequence[Entry] | None = None
+    media: str | None = None
 
 
 def list_sources(src: str | Sequence[str]) -> Listing:
     """The sources that `src` names, looked at but not opened (their sidecars are).
 
+    A picture beside a video, such as its thumbnail, is a source of its own; a caption beside both
+    is the caption of each.
+
     Args:
         src: Any number of folders (taken with all below), globs (`**` for any depth), manifests
-            (`.txt`, `.csv`, `.jsonl`, `.parquet`, `.lance`) and single videos, local or remote.
-            In a glob, a folder that matches is taken with all below.
+            (`.txt`, `.csv`, `.jsonl`, `.parquet`, `.lance`) and single videos or images, local or
+            remote. In a glob, a folder that matches is taken with all below.
 
     Raises:
         ValueError: For a person: one line that says what was needed, what was found and what to do.
     """
     given = [src] if isinstance(src, str) else list(src)
     if not given or not all(given):
-        raise ValueError("needs a folder, glob, manifest or video to read, found an empty name")
+        raise ValueError("needs a folder, glob, manifest, video or image, found an empty name")
     named: dict[str, list[_Named]] = defaultdict(list)
     ignored: set[str] = set()
     for one in _without_sidecars(given):
@@ -116,8 +127,14 @@ def list_sources(src: str | Sequence[str]) -> Listing:
 
 
 def is_media(uri: str) -> bool:
-    """Whether a name says that a video is meant."""
+    """Whether a name says that a video or an image is meant."""
     return suffix_of(uri) in MEDIA_SUFFIXES
+
+
+def media_of(uri: str) -> str | None:
+    """`video` or `image`, as the name says; None where it says neither."""
+    suffix = suffix_of(uri)
+    return "image" if suffix in IMAGE_SUFFIXES else "video" if suffix in VIDEO_SUFFIXES else None
 
 
 def _without_sidecars(given: Sequence[str]) -> Iterator[str]:
@@ -141,9 +158,9 @@ def _expand(src: str, ignored: set[str]) -> Iterator[_Named]:
         yield _Named(shown(src), uri)
     elif kind == "file":
         raise ValueError(
-            f"{shown(src)}: needs a video or a manifest ({', '.join(SUFFIXES)}), found "
+            f"{shown(src)}: needs a video, an image or a manifest ({', '.join(SUFFIXES)}), found "
             f"{f'a {suffix} file' if suffix else 'a file without a suffix'}; "
-            "name the videos in one of these, one `uri` a row"
+            "name the files in one of these, one `uri` a row"
         )
     elif re.search(_WILDCARD, src):
         yield from _of_glob(src, uri, ignored)
@@ -155,7 +172,7 @@ def _of_manifest(uri: str) -> Iterator[_Named]:
     empty = True
     for row in read_manifest(uri):
         empty = False
-        yield _Named(row.place, row.uri, row.span, row.caption, row.extra)
+        yield _Named(row.place, row.uri, row.span, row.caption, row.extra, media=row.media)
     if empty:
         raise ValueError(f"{shown(uri)}: needs at least one `uri`, found an empty manifest")
 
@@ -171,17 +188,17 @@ def _of_glob(src: str, uri: str, ignored: set[str]) -> Iterator[_Named]:
 def _of_entries(
     src: str, root: str, entries: Iterable[Entry], ignored: set[str], glob: _Glob | None = None
 ) -> Iterator[_Named]:
-    videos: list[Entry] = []
+    named: list[Entry] = []
     others: list[tuple[Entry, bool]] = []
     for entry in entries:
         wanted = glob is None or glob.matches(_parts_below(root, entry.uri))
         if entry.folder and not is_media(entry.uri):
-            videos.append(entry)  # nobody may look inside: what it holds must not be lost silently
+            named.append(entry)  # nobody may look inside: what it holds must not be lost silently
         elif not is_media(entry.uri):
             others.append((entry, wanted))
         elif wanted:
-            videos.append(entry)
-    stems = {_stem(entry.uri) for entry in videos}
+            named.append(entry)
+    stems = {_stem(entry.uri) for entry in named}
     beside: dict[str, list[Entry]] = defaultdict(list)
     num_others = 0
     for entry, wanted in others:
@@ -190,12 +207,13 @@ def _of_entries(
         elif wanted:
             num_others += 1
             ignored.add(entry.uri)
-    if not videos:
+    if not named:
         raise ValueError(
-            f"{shown(src)}: needs at least one video (a name in .mp4, .mkv, .webm or the like), "
-            f"found none among {num_others} {'matching' if glob else 'other'} files; check the path"
+            f"{shown(src)}: needs at least one video or image (a name in .mp4, .webm, .jpg or the "
+            f"like), found none among {num_others} {'matching' if glob else 'other'} files; "
+            "check the path"
         )
-    for entry in videos:
+    for entry in named:
         sidecars = beside.get(_stem(entry.uri), ())
         yield _Named(shown(src), entry.uri, entry=entry, sidecars=sidecars)
 
@@ -265,6 +283,11 @@ def _spans_of(rows: Sequence[_Named]) -> tuple[Span, ...]:
             raise ValueError(
                 f"{row.place}: gives {shown(row.uri)} another caption than {first.place}; keep one"
             )
+        if row.media and rows[0].media and row.media != rows[0].media:
+            raise ValueError(
+                f"{row.place}: says that {shown(row.uri)} is {row.media}, and {rows[0].place} that "
+                f"it is {rows[0].media}; keep one"
+            )
         if (row.span is None) != (rows[0].span is None):
             raise ValueError(
                 f"{row.place}: names {shown(row.uri)} {'with' if row.span else 'without'} a span, "
@@ -272,6 +295,7 @@ def _spans_of(rows: Sequence[_Named]) -> tuple[Span, ...]:
             )
         first.caption = first.caption or row.caption
         first.extra = first.extra or row.extra
+        rows[0].media = rows[0].media or row.media
     spans = [Span(*span, row.caption, row.extra) for span, row in by_span.items() if span]
     return tuple(sorted(spans, key=lambda span: (span.start_s, span.end_s)))
 
@@ -365,6 +389,7 @@ def _source(
 ) -> Source:
     first = rows[0]
     extra = dict(beside.extra) | json.loads(("" if spans else first.extra) or "{}")
+    media = first.media or media_of(first.uri)
     found = entry.stat or storage.Stat(None, None)
     return Source(
         uri=first.uri,
@@ -374,7 +399,18 @@ def _source(
         spans=spans,
         caption=(None if spans else first.caption) or beside.caption,
         extra=as_extra(extra),
-        error=entry.error or beside.error,
+        error=entry.error or beside.error or _misplaced_span(first, media),
+        media=media,
+    )
+
+
+def _misplaced_span(row: _Named, media: str | None) -> str | None:
+    if media != "image" or row.span is None:
+        return None
+    start_s, end_s = row.span
+    return (
+        f"{row.place} asks for a span of an image ({start_s:g} to {end_s:g} s), which has no time: "
+        "leave start_s and end_s empty there"
     )
 
 

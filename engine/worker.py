@@ -21,6 +21,7 @@ import pyarrow as pa
 from lance.fragment import FragmentMetadata
 
 from engine import storage
+from engine.image import ImageMetadata, NotImageError, is_image, scan_image
 from engine.judge import container_reject
 from engine.operator import Failed, Stage
 from engine.sandbox import Sandbox
@@ -29,7 +30,7 @@ from engine.schema import CLIPS, KEYFRAMES, SOURCES
 from engine.segments import Segment
 from engine.sources import Source, Span
 from engine.tables import write_rows
-from engine.video import Metadata, probe
+from engine.video import Media, Metadata, probe
 
 NAMESPACE = uuid.UUID("5f0c9a52-4d5b-5c56-9a3e-0c1b0d7e7a11")
 PARTS = "parts"
@@ -108,8 +109,10 @@ class Reading:
     """What the child gives back of one unit."""
 
     sha256: str
+    media: str | None = None
+    """As found, where it was read."""
     parts: tuple[Segment, ...] = ()
-    metadata: Metadata | None = None
+    metadata: Metadata | ImageMetadata | None = None
     scanned: bool = True
     clips: pa.Table | None = None
     keyframes: tuple[FragmentMetadata, ...] = ()
@@ -123,7 +126,10 @@ def source_id(uri: str) -> str:
 
 
 def clip_id(sha256: str, start_s: float, end_s: float) -> str:
-    """uuid5 of content and span, to the microsecond: the same wherever the file lies."""
+    """uuid5 of content and span, to the microsecond: the same wherever the file lies.
+
+    The span of an image is 0 to 0.
+    """
     return str(uuid.uuid5(NAMESPACE, f"{sha256}:{start_s:.6f}:{end_s:.6f}"))
 
 
@@ -206,6 +212,7 @@ def _source_row(job: Job, unit: Unit) -> dict[str, Any]:
     return dict.fromkeys(SOURCES.names) | {
         "source_id": unit.source_id,
         "uri": source.uri,
+        "media": source.media,
         "transient": False,
         "missing": False,
         "size_bytes": source.size_bytes,
@@ -233,6 +240,7 @@ def _done(job: Job, unit: Unit, reading: Reading) -> dict[str, Any]:
         | {name: value for name, value in known.items() if name in row}
         | {
             "state": "done",
+            "media": reading.media,
             "sha256": reading.sha256,
             "scanned": reading.scanned,
             "num_clips": reading.clips.num_rows,
@@ -241,17 +249,20 @@ def _done(job: Job, unit: Unit, reading: Reading) -> dict[str, Any]:
     )
 
 
-def _complete(found: pa.Table, source: Source, sha256: str) -> pa.Table:
+def _complete(found: pa.Table, source: Source, sha256: str, media: str) -> pa.Table:
     """The scan's rows with the schema of `clips`; their verdict is still to come."""
     num = found.num_rows
     spans: list[tuple[float, float]] = [(s.start_s, s.end_s) for s in source.spans] or list(
         zip(found["start_s"].to_pylist(), found["end_s"].to_pylist(), strict=True)
     )
+    if media == "image":
+        spans = [(0.0, 0.0)]
     columns: dict[str, Any] = {name: found[name] for name in found.column_names}
     columns |= {
         "clip_id": [clip_id(sha256, start_s, end_s) for start_s, end_s in spans],
         "source_id": [source_id(source.uri)] * num,
         "source_uri": [source.uri] * num,
+        "media": [media] * num,
         "state": ["pending"] * num,
         "kept": [False] * num,
     }
@@ -301,13 +312,17 @@ def _read(job: Job, unit: Unit, file: str, media: Callable[[], Any]) -> Reading:
     sha256 = unit.sha256 or storage.sha256(file)
     if unit.hash_only:
         return Reading(sha256=sha256)
+    if unit.source.media == "image" or (unit.source.media is None and is_image(media())):
+        return _read_image(job, unit, sha256, media())
     metadata = probe(media())
     scan, spans = job.scan, tuple((s.start_s, s.end_s) for s in unit.source.spans)
     if unit.part is None:
         known = {n: getattr(metadata, n) for n in ("num_frames", "duration_s", "aspect_ratio")}
         if not spans and not job.measure_all and container_reject(known, job.stages):
-            clips = _complete(_spanning(metadata), unit.source, sha256)
-            return Reading(sha256=sha256, metadata=metadata, scanned=False, clips=clips)
+            clips = _complete(_spanning(metadata), unit.source, sha256, "video")
+            return Reading(
+                sha256=sha256, media="video", metadata=metadata, scanned=False, clips=clips
+            )
         parts = plan_segments(media(), scan, metadata)
         if len(parts) > 1:
             return Reading(sha256=sha256, parts=parts)
@@ -326,14 +341,34 @@ def _read(job: Job, unit: Unit, file: str, media: Callable[[], Any]) -> Reading:
     total = sum(f.frames_decoded for f in found)
     metadata, clips, keyframes = assemble(metadata, found, scan, spans)
     del found  # of a long source its pictures are most of what is in memory
-    clips = _complete(clips, unit.source, sha256)
+    clips = _complete(clips, unit.source, sha256, "video")
     return Reading(
         sha256=sha256,
+        media="video",
         metadata=metadata,
         clips=clips,
         keyframes=_write_keyframes(job.root, unit, keyframes, clips),
         frames_decoded=decoded,
         total_frames_decoded=total,
+    )
+
+
+def _read_image(job: Job, unit: Unit, sha256: str, media: Media) -> Reading:
+    if unit.source.spans:  # the listing could not know
+        raise NotImageError(
+            "a span of it is asked for, but it is an image, which has no time: leave start_s and "
+            "end_s empty in its manifest"
+        )
+    metadata, clips, keyframes = scan_image(media, job.scan)
+    clips = _complete(clips, unit.source, sha256, "image")
+    return Reading(
+        sha256=sha256,
+        media="image",
+        metadata=metadata,
+        clips=clips,
+        keyframes=_write_keyframes(job.root, unit, keyframes, clips),
+        frames_decoded=1,
+        total_frames_decoded=1,
     )
 
 

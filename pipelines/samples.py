@@ -1,4 +1,4 @@
-"""The sample corpus: about thirty files whose state and reason under `classic` are known.
+"""The sample corpus: some thirty-five files whose state and reason under `classic` are known.
 
 The second half of this file is the list itself: a label, and beside it how the file is made.
 
@@ -24,6 +24,7 @@ import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Frame = NDArray[np.uint8]
 """Height, width, 3: blue, green, red."""
@@ -52,20 +53,24 @@ class Sample:
     cuts: tuple[int, ...] = ()
     """First frame of every clip but the first."""
     num_frames: int = 0
-    """Frames that a decoder gives; 0 for what is not decoded."""
+    """Frames that a decoder gives; 0 for what is not decoded, and for images."""
     overlay: str | None = None
     """What is drawn over the scene: watermark or subtitle. `classic` keeps both."""
+    media: str = "video"
+    """video or image, as its name says."""
 
 
 CAPTIONS = {
     "coffee_pan.mp4": "A slow pan over a cup of espresso on a wooden table.",
     "astronaut_zoom.mp4": "The camera moves in on an astronaut in an orange suit.",
+    "coins.jpg": "Greek coins from Pompeii, laid out in rows on a dark ground.",
 }
 """Caption that a sidecar file gives to a sample."""
 
 SIDECARS = {
     "coffee_pan.txt": CAPTIONS["coffee_pan.mp4"] + "\n",
     "astronaut_zoom.json": json.dumps({"caption": CAPTIONS["astronaut_zoom.mp4"]}) + "\n",
+    "coins.txt": CAPTIONS["coins.jpg"] + "\n",
 }
 """Files that carry the captions, and their text: neither sources nor ignored."""
 
@@ -297,7 +302,7 @@ def _video(
 
 
 def _half(make: Make) -> Make:
-    """The first half of what `make` writes: an mp4 without its index, which comes last."""
+    """The first half of what `make` writes; of an mp4 its index is lost, which comes last."""
 
     def cut(path: Path) -> None:
         make(path)
@@ -314,8 +319,21 @@ def _text(text: str) -> Make:
     return lambda path: path.write_text(text, encoding="utf-8")
 
 
-def _jpeg(frame: Callable[[], Frame]) -> Make:
-    return lambda path: path.write_bytes(cv2.imencode(".jpg", frame())[1].tobytes())
+def _image(frame: Callable[[], Frame], *, kind: str = "JPEG", orientation: int = 1) -> Make:
+    """A function that stores a picture with Pillow.
+
+    Args:
+        frame: Gives the picture.
+        kind: Pillow's name of the file format.
+        orientation: What its EXIF data tell a viewer; 6 is to turn it clockwise by 90 degrees.
+    """
+
+    def make(path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(cv2.cvtColor(frame(), cv2.COLOR_BGR2RGB)).save(path, kind, exif=exif)
+
+    return make
 
 
 # The corpus: label, then how it is made
@@ -577,6 +595,40 @@ _CORPUS: tuple[tuple[Sample, Make], ...] = (
         ),
         _video(lambda: _pan("moon.png", 700, _SMALL, 72, (200, 20), (-2, 2)), fps=120),
     ),
+    # Images
+    (
+        Sample("coins.jpg", "done", (KEPT,), "a photograph; .txt caption", media="image"),
+        _image(lambda: _view(_photo("coins.png", 640), _WIDE, 0, 0)),
+    ),
+    (
+        Sample(
+            "night.png",
+            "done",
+            (_rejected("brightness<0.2"),),
+            "a photograph, underexposed",
+            media="image",
+        ),
+        _image(
+            lambda: cv2.convertScaleAbs(
+                _view(_photo("gravel.png", 900), _SMALL, 10, 300), alpha=0.12, beta=22
+            ),
+            kind="PNG",
+        ),
+    ),
+    (
+        Sample(
+            "turned.jpg",
+            "done",
+            (_rejected("aspect_ratio<1"),),
+            "stored 480x270, EXIF turns it to 270x480",
+            media="image",
+        ),
+        _image(lambda: _view(_photo("clock_motion.png", 640), _SMALL, 80, 100), orientation=6),
+    ),
+    (
+        Sample("half.png", "failed", (), "half of a PNG", media="image"),
+        _half(_image(lambda: _view(_photo("page.png", 640), _SMALL, 80, 20), kind="PNG")),
+    ),
     # Not videos that can be read, or not videos
     (
         Sample("truncated.mp4", "failed", (), "half of an mp4, its index is in the other half"),
@@ -589,10 +641,6 @@ _CORPUS: tuple[tuple[Sample, Make], ...] = (
     (
         Sample("same_as_coffee_pan.mp4", "duplicate", (), "coffee_pan.mp4 under another name"),
         _copy("coffee_pan.mp4"),
-    ),
-    (
-        Sample("poster.jpg", "ignored", (), "a photo"),
-        _jpeg(lambda: _view(_photo("rocket.jpg", 640), _WIDE, 0, 0)),
     ),
     (
         Sample("READ ME.md", "ignored", (), "a note about the folder"),

@@ -86,7 +86,9 @@ def _cell(clip: dict[str, Any], jpeg: bytes) -> np.ndarray:
     cell[top : top + size[1], left : left + size[0]] = small
     colour = KEPT if clip["state"] == "kept" else REJECTED
     cell[height : height + 3] = colour
-    facts = f"{clip['duration_s']:.1f} s, motion {clip['motion_score'] or 0:.2f}"
+    facts = "image"
+    if clip["duration_s"] is not None:
+        facts = f"{clip['duration_s']:.1f} s, motion {clip['motion_score'] or 0:.2f}"
     for text, line, tint in (
         (clip["reason"] or "kept", 17, colour),
         (f"{facts}, brightness {clip['brightness']:.2f}", 32, (200, 200, 200)),

@@ -14,13 +14,15 @@ import av
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from scenedetect import AdaptiveDetector
 from scenedetect.common import FrameTimecode
 
 from pipelines.samples import CAPTIONS, SAMPLES, SIDECARS, Sample, make_samples
 
 ROOT = Path(__file__).parents[1]
-VIDEOS = tuple(sample for sample in SAMPLES if sample.source == "done")
+VIDEOS = tuple(s for s in SAMPLES if s.source == "done" and s.media == "video")
+IMAGES = tuple(s for s in SAMPLES if s.source == "done" and s.media == "image")
 CLIPS = tuple((sample, i) for sample in VIDEOS for i in range(len(sample.clips)))
 
 RULES = (
@@ -166,6 +168,24 @@ def test_frames_and_cuts_are_as_stated(sample: Sample, seen: dict[str, Seen]) ->
         assert len(sample.clips) == len(sample.cuts) + 1
 
 
+@pytest.mark.parametrize("sample", IMAGES, ids=lambda s: s.name)
+def test_label_of_an_image_is_far_from_the_first_rule_that_fits(
+    sample: Sample, folder: Path
+) -> None:
+    """OpenCV reads them here, which turns a picture as its EXIF data say."""
+    luma = cv2.imread(str(folder / sample.name), cv2.IMREAD_GRAYSCALE) / 255
+    aspect_ratio, brightness = luma.shape[1] / luma.shape[0], luma.mean()
+    (clip,) = sample.clips
+    assert sample.num_frames == 0 and (luma < 0.1).mean() < 0.5
+    if clip == ("rejected", "aspect_ratio<1"):
+        assert aspect_ratio < 0.6
+    elif clip == ("rejected", "brightness<0.2"):
+        assert 1.2 < aspect_ratio < 1.8 and brightness < 0.16
+    else:
+        assert clip == ("kept", None)
+        assert 1.2 < aspect_ratio < 1.8 and brightness > 0.25
+
+
 def test_every_rule_and_every_state_has_a_sample() -> None:
     reasons = {reason for s in SAMPLES for state, reason in s.clips if state == "rejected"}
     assert reasons == {reason for reason, _ in RULES}
@@ -173,6 +193,12 @@ def test_every_rule_and_every_state_has_a_sample() -> None:
     assert {s.overlay for s in SAMPLES} == {"watermark", "subtitle", None}
     assert len({s.name for s in SAMPLES}) == len(SAMPLES)
     assert all(bool(s.clips) == (s.source == "done") for s in SAMPLES)
+    assert {s.source for s in SAMPLES if s.media == "image"} == {"done", "failed"}
+    assert {c for s in IMAGES for c in s.clips} == {
+        ("kept", None),
+        ("rejected", "brightness<0.2"),
+        ("rejected", "aspect_ratio<1"),
+    }
 
 
 def test_stored_forms(folder: Path, seen: dict[str, Seen]) -> None:
@@ -209,26 +235,29 @@ def test_overlays_lie_over_the_scene(folder: Path) -> None:
     assert same[36] < 0.5  # 36 shows the first line, 44 the second
 
 
-def test_what_is_no_video(folder: Path) -> None:
+def test_what_cannot_be_read(folder: Path) -> None:
     for sample in SAMPLES:
         path = folder / sample.name
-        if sample.source == "failed":
+        if sample.source == "failed" and sample.media == "image":
+            with Image.open(path) as image, pytest.raises(OSError, match="truncated"):
+                image.load()
+        elif sample.source == "failed":
             with pytest.raises(av.error.InvalidDataError), av.open(str(path)):
                 pass
         elif sample.source == "ignored":
-            assert path.suffix in (".jpg", ".md")
+            assert path.suffix == ".md"
     copies = [folder / s.name for s in SAMPLES if s.source == "duplicate"]
     assert [c.read_bytes() for c in copies] == [(folder / "coffee_pan.mp4").read_bytes()]
     # Sources are told apart in the order of their names: the copy is the later one.
     assert all(c.name > "coffee_pan.mp4" for c in copies)
 
 
-def test_sidecars_stand_beside_their_videos(folder: Path) -> None:
+def test_sidecars_stand_beside_their_sources(folder: Path) -> None:
     assert {Path(name).stem for name in SIDECARS} == {Path(name).stem for name in CAPTIONS}
     for name in SIDECARS:
-        (video,) = (v for v in CAPTIONS if Path(v).stem == Path(name).stem)
-        assert CAPTIONS[video] in (folder / name).read_text(encoding="utf-8")
-        assert (folder / video).exists()
+        (source,) = (v for v in CAPTIONS if Path(v).stem == Path(name).stem)
+        assert CAPTIONS[source] in (folder / name).read_text(encoding="utf-8")
+        assert (folder / source).exists()
 
 
 def test_nothing_else_is_written(folder: Path) -> None:

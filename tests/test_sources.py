@@ -195,6 +195,86 @@ def test_several_names_at_once_count_what_repeats(tmp_path: Path) -> None:
     assert found.ignored == 2
 
 
+# Images
+
+
+def media(root: str, found: Listing) -> dict[str, str | None]:
+    return {source.uri.removeprefix(f"{root}/"): source.media for source in found.sources}
+
+
+def test_images_are_sources_and_what_is_not_read_of_them_is_ignored(root: str) -> None:
+    images = ["a.JPG", "b.jpeg", "c.png", "d/e.webp", "f.bmp", "g.tif", "h.tiff", "i.avif"]
+    put(root, **dict.fromkeys([*images, "j.mp4", "k.gif", "l.heic", "m.svg", "n.jxl"], ""))
+    found = list_sources(root)
+    assert media(root, found) == dict.fromkeys(images, "image") | {"j.mp4": "video"}
+    assert found.ignored == 4
+    globbed = list_sources(storage.join(root, "*.png"))
+    assert media(root, globbed) == {"c.png": "image"}
+    assert media(root, list_sources(storage.join(root, "a.JPG"))) == {"a.JPG": "image"}
+
+
+def test_a_picture_beside_a_video_is_a_source_and_shares_its_caption(root: str) -> None:
+    put(root, **{"x.mp4": "", "x.jpg": "", "x.txt": "A dog runs.", "y.png": ""})
+    put(root, **{"y.json": '{"caption": "A cat.", "licence": "CC0"}'})
+    found = list_sources(root)
+    assert [(Path(s.uri).name, s.media, s.caption) for s in found.sources] == [
+        ("x.jpg", "image", "A dog runs."),
+        ("x.mp4", "video", "A dog runs."),
+        ("y.png", "image", "A cat."),
+    ]
+    assert (found.sources[2].extra, found.ignored) == ('{"licence": "CC0"}', 0)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "lance"])
+def test_a_manifest_says_what_a_name_does_not(root: str, kind: str) -> None:
+    rows = [
+        {"uri": "a.jpg", "caption": "A dog", "media": "", "licence": "CC0"},
+        {"uri": "b.mp4"},
+        {"uri": "photo", "media": "Image "},
+        {"uri": "film.gif", "media": "video"},
+        {"uri": "who-knows"},
+        {"uri": "c.jpg", "media": "video"},
+    ]
+    put(root, **{row["uri"]: "x" for row in rows})
+    found = list_sources(write_manifest(root, kind, rows))
+    assert media(root, found) == {
+        "a.jpg": "image",
+        "b.mp4": "video",
+        "c.jpg": "video",
+        "film.gif": "video",
+        "photo": "image",
+        "who-knows": None,
+    }
+    assert all(source.error is None for source in found.sources)
+    (a,) = [s for s in found.sources if s.uri.endswith("a.jpg")]
+    assert (a.caption, a.extra) == ("A dog", '{"licence": "CC0"}')
+
+
+def test_what_one_list_says_of_a_file_holds_wherever_else_it_is_named(tmp_path: Path) -> None:
+    put(str(tmp_path), **{"photo": "", "a.mp4": "", "plain.txt": "photo\na.mp4\n"})
+    put(str(tmp_path), **{"told.csv": "uri,media\nphoto,image\n"})
+    names = [str(tmp_path / "plain.txt"), str(tmp_path / "told.csv")]
+    for order in (names, names[::-1]):
+        assert media(str(tmp_path), list_sources(order)) == {"photo": "image", "a.mp4": "video"}
+    put(str(tmp_path), **{"other.csv": "uri,media\nphoto,video\n"})
+    line = refusal([str(tmp_path / "told.csv"), str(tmp_path / "other.csv")])
+    assert "other.csv, line 2: says that" in line and "told.csv, line 2 that it is image" in line
+
+
+def test_a_span_of_an_image_is_the_error_of_that_row_alone(tmp_path: Path) -> None:
+    put(str(tmp_path), **{"a.jpg": "x", "b.mp4": "x", "c.png": "x"})
+    lines = ["uri,start_s,end_s", "a.jpg,0.5,2", "b.mp4,0.5,2", "c.png,,"]
+    put(str(tmp_path), **{"list.csv": "\n".join(lines)})
+    found = list_sources(str(tmp_path / "list.csv"))
+    a, b, c = found.sources
+    assert a.error == (
+        f"{tmp_path}/list.csv, line 2 asks for a span of an image (0.5 to 2 s), which has no time: "
+        "leave start_s and end_s empty there"
+    )
+    assert (b.error, c.error) == (None, None)
+    assert ([s.start_s for s in b.spans], c.spans, found.repeated) == ([0.5], (), 0)
+
+
 # Captions beside the file
 
 
@@ -443,6 +523,12 @@ HEAD = "uri,start_s,end_s,caption\n"
             '{"uri": "a.mp4", "start_s": true, "end_s": 2}',
             "line 1: start_s must be a number",
         ),
+        (
+            "csv",
+            "uri,media\na.mp4,photo\n",
+            "line 2: media must be video or image, found 'photo'; correct it, or rename the column",
+        ),
+        ("jsonl", '{"uri": "a.mp4", "media": 3}', "line 1: media must be video or image, found 3"),
         ("parquet", "not parquet", "is not readable Parquet"),
     ],
 )
@@ -485,10 +571,12 @@ def test_names_that_lead_nowhere(root: str) -> None:
     missing = storage.join(root, "nowhere")
     assert refusal(missing) == f"{missing}: there is no such file or folder; check the path"
     docs = refusal(storage.join(root, "docs"))
-    assert "needs at least one video" in docs and "found none among 2 other files" in docs
+    assert "needs at least one video or image" in docs and "found none among 2 other files" in docs
     assert "found none among 0 matching files" in refusal(storage.join(root, "*.mp4"))
     assert "there is no folder" in refusal(storage.join(root, "nowhere", "*.mp4"))
-    assert "needs a video or a manifest (.txt, .csv" in refusal(storage.join(root, "a.xml"))
+    assert "needs a video, an image or a manifest (.txt, .csv" in refusal(
+        storage.join(root, "a.xml")
+    )
     assert "found a file without a suffix" in refusal(storage.join(root, "bare"))
     assert "found an empty name" in refusal("")
     assert "found an empty name" in refusal([])
