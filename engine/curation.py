@@ -22,9 +22,13 @@ import ray
 
 from engine import chain, storage
 from engine.accounts import Accounts, balance
+from engine.cut import Mode
+from engine.cutter import CutJob, Where
+from engine.cutting import cut, to_cut
 from engine.lease import EXPIRY_S, Lease
 from engine.measuring import SCAN_SHARE, Measuring, Tally
 from engine.operator import Failed, Stage
+from engine.pairing import Pairs, pair
 from engine.pipeline import DEATHS_ALLOWED, outcomes
 from engine.plan import STORED, Plan, Policy, first_look, settle
 from engine.scan import Scan
@@ -71,6 +75,14 @@ class Options:
     workers: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cutting:
+    """How kept clips are cut out of their sources."""
+
+    mode: Mode
+    where: Where = "files"
+
+
 @dataclass(kw_only=True)
 class Progress:
     """Where a run is; handed to its watcher whenever it changes."""
@@ -111,6 +123,8 @@ class Curation:
         recipe: Its name; a dataset belongs to one.
         scan: How sources become clips.
         stages: What is kept.
+        pairs: Quadruples to make of what is kept.
+        cuts: How what is kept is cut out of its sources; None: it is not.
         options: How to go about it.
         connect: Connects to Ray; called only when there is something to read.
         watch: Called with the run's progress.
@@ -124,6 +138,8 @@ class Curation:
         recipe: str,
         scan: Scan,
         stages: tuple[Stage, ...],
+        pairs: tuple[Pairs, ...] = (),
+        cuts: Cutting | None = None,
         options: Options,
         connect: Callable[[], AbstractContextManager[str]],
         watch: Callable[[Progress], None] = lambda _: None,
@@ -134,6 +150,7 @@ class Curation:
             raise ValueError(f"engine/schema.py has no column {sorted(unknown)}: add it to CLIPS")
         self.root, self.recipe, self.stages, self.options = root, recipe, stages, options
         self.connect, self.watch, self.about = connect, watch, about or {}
+        self.pairs, self.cuts = pairs, cuts
         self.run_id = str(uuid.uuid4())
         self.progress = Progress()
         self.job = Job(
@@ -146,17 +163,22 @@ class Curation:
             memory_limit_bytes=int(options.memory_limit_gib * 2**30),
             aws=tuple(storage.aws_environment().items()),
         )
-        chain.keys(stages)  # says now what weights are missing
         for operator in (o for s in stages for o in s.measures):
             operator.check()
+        for operator in (o for p in pairs for s in p.stages for o in s.measures):
+            operator.check()
+        self.tallies: dict[str, Tally] = {}
         self.frames_decoded = 0
         self._uncommitted: list[Outcome] = []
         self._committed_at = time.monotonic()
         self._publish_at = self._committed_at + PUBLISH_EVERY_S
         self._pump_at = 0.0
 
-    def run(self, listing: Listing) -> Result:
+    def run(self, listing: Listing | None) -> Result:
         """Does what is left to do; on Ctrl-C commits what is done and says so in the result.
+
+        Args:
+            listing: What is asked for; None: only pairs and cuts of the clips that are kept.
 
         Raises:
             DatasetError: The dataset is in use.
@@ -170,18 +192,10 @@ class Curation:
             contextlib.ExitStack() as self._connection,
         ):
             self.writer = Writer(self.root, self.run_id, recovered=_log.warning)
-            self._adopt()
-            self.writer.publish(self.stages)
-            self._connection.callback(self.measuring.close)
-            try:
-                self._work(listing)
-            except KeyboardInterrupt:
-                interrupted = True
-            self._commit()
-            self.measuring.commit()
-            self.progress.doing = "judging"
-            self.watch(self.progress)
-            self.writer.publish(self.stages)
+            if listing is not None:
+                interrupted = self._curate(listing)
+            if not interrupted:
+                interrupted = self._finish()
             accounts = balance(self.writer.table, listing)
             seconds = time.monotonic() - clock
             self.writer.add_run(
@@ -194,7 +208,7 @@ class Curation:
                     "seconds": seconds,
                     "frames_decoded": self.frames_decoded,
                     "operators": json.dumps(
-                        {n: dataclasses.asdict(t) for n, t in self.measuring.tallies.items()}
+                        {n: dataclasses.asdict(t) for n, t in self.tallies.items()}
                     ),
                     "interrupted": interrupted,
                     "counts": json.dumps(accounts.as_dict()),
@@ -207,22 +221,118 @@ class Curation:
             run_id=self.run_id,
             accounts=accounts,
             frames_decoded=self.frames_decoded,
-            measured=self.measuring.tallies,
+            measured=self.tallies,
             seconds=seconds,
             interrupted=interrupted,
+        )
+
+    def _curate(self, listing: Listing) -> bool:
+        """Sources to judged clips; tells whether it was stopped."""
+        interrupted = False
+        self._adopt()
+        self.writer.publish(self.stages)
+        self._connection.callback(self.measuring.close)
+        try:
+            self._work(listing)
+        except KeyboardInterrupt:
+            interrupted = True
+        self._commit()
+        self.measuring.commit()
+        self.progress.doing = "judging"
+        self.watch(self.progress)
+        self.writer.publish(self.stages)
+        return interrupted
+
+    def _finish(self) -> bool:
+        """Makes of the kept clips what is to be made of them; tells whether it was stopped."""
+        try:
+            if self.pairs:
+                self._measure_for_pairs()
+            for pairs in self.pairs:
+                pair(
+                    self.writer,
+                    pairs,
+                    self.stages,
+                    retry_failed=self.options.retry_failed,
+                    measure=self._measure,
+                    measuring=self._measuring_of,
+                )
+            self._cut()
+        except KeyboardInterrupt:
+            return True
+        return False
+
+    def _measure_for_pairs(self) -> None:
+        """Measures of kept clips what their pairs read of them, where a run did not do so before.
+
+        Nothing is judged: the thresholds that were in force when they were kept stay so.
+        """
+        read = {c for p in self.pairs for s in p.stages for o in s.measures for c in o.reads}
+        lacking = tuple(o for s in self.stages for o in s.measures if read & set(o.writes.names))
+        all_keys = chain.keys(self.stages)
+        self.writer.adopt("clips", lacking, {o.marker: all_keys[o.marker] for o in lacking})
+        stage = Stage(name="pairs", operators=lacking)
+        self._measure(self._measuring_of((stage,), states=("kept",)))
+
+    def _measure(self, measuring: Measuring) -> None:
+        """Runs measurements to their end, or commits what there is when it is stopped."""
+        self._connection.callback(measuring.close)
+        self.progress = Progress(doing="pairing", unit="pairs")
+        try:
+            measuring.drain(lambda: self._watch_measuring(measuring))
+        finally:
+            measuring.commit()
+            self.tallies |= {f"pairs.{n}": t for n, t in measuring.tallies.items() if t.rows}
+            measuring.close()
+
+    def _cut(self) -> None:
+        if self.cuts is None:
+            return
+        clips = to_cut(self.writer, self.cuts.mode)
+        self.progress = Progress(doing="cutting", unit="clips", sources=clips.num_rows)
+        if not clips.num_rows:
+            return
+        self._connected()
+        options = self.options
+        job = CutJob(
+            root=self.root,
+            run_id=self.run_id,
+            mode=self.cuts.mode,
+            where=self.cuts.where,
+            time_limit_s=options.time_limit_s,
+            memory_limit_bytes=int(options.memory_limit_gib * 2**30),
+            aws=self.job.aws,
+        )
+
+        def watch(num_done: int) -> None:
+            self.progress.done = num_done
+            self.watch(self.progress)
+
+        cut(
+            self.writer,
+            clips,
+            job,
+            workers=options.workers,
+            commit_every_s=options.commit_every_s,
+            watch=watch,
+        )
+
+    def _measuring_of(self, stages: Sequence[Stage], **which: Any) -> Measuring:
+        return Measuring(
+            self.writer,
+            stages,
+            commit_every_s=self.options.commit_every_s,
+            connect=self._connected,
+            aws=storage.aws_environment(),
+            **which,
         )
 
     def _adopt(self) -> None:
         """Makes ready to measure: what other operators measured, and what is tried again, goes."""
         options = self.options
-        self.measuring = Measuring(
-            self.writer,
-            self.stages,
-            measure_all=options.measure_all,
-            commit_every_s=options.commit_every_s,
-            connect=self._connected,
-            aws=storage.aws_environment(),
-        )
+        states = ("pending", "rejected") if options.measure_all else ("pending",)
+        self.measuring = self._measuring_of(self.stages, states=states)
+        self.tallies = dict(self.measuring.tallies)
         redone = self.writer.adopt(
             "clips",
             self.measuring.operators,
@@ -255,14 +365,14 @@ class Curation:
         self.measuring.feeding = True
         self._scan(plan.units, stored)
         self._commit()
-        self.measuring.drain(self._watch_measuring)
+        self.progress = Progress(doing="measuring", unit="clips")
+        self.measuring.drain(lambda: self._watch_measuring(self.measuring))
+        self.measuring.close()
 
-    def _watch_measuring(self) -> None:
-        done, waiting = self.measuring.done, self.measuring.waiting
-        if self.progress.unit == "sources":
-            self.progress = Progress(doing="measuring", unit="clips")
-        self.progress.done, self.progress.sources = done, done + waiting
-        self.progress.failed = sum(t.failed for t in self.measuring.tallies.values())
+    def _watch_measuring(self, measuring: Measuring) -> None:
+        done = measuring.done
+        self.progress.done, self.progress.sources = done, done + measuring.waiting
+        self.progress.failed = sum(t.failed for t in measuring.tallies.values())
         self.watch(self.progress)
 
     def _stored(self) -> dict[str, dict[str, Any]]:

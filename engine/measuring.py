@@ -98,7 +98,7 @@ class Measuring:
         stages: Whose operators measure.
         name: Table, `clips` or `pairs`.
         where: SQL predicate of the rows that are concerned; none: all.
-        measure_all: Rejected rows, too.
+        states: Of the rows that are measured; `rejected` ones are measured only where it is named.
         commit_every_s: What a death may cost.
         connect: Connects to Ray; called when there is something to measure.
         aws: Variables for workers on other machines.
@@ -111,13 +111,13 @@ class Measuring:
         *,
         name: str = "clips",
         where: str | None = None,
-        measure_all: bool = False,
+        states: tuple[str, ...] = ("pending",),
         commit_every_s: float = 10.0,
         connect: Callable[[], object],
         aws: dict[str, str],
     ):
         self._writer, self._stages, self._name, self._where = writer, tuple(stages), name, where
-        self._key, self._measure_all = KEYS[name], measure_all
+        self._key, self._states = KEYS[name], states
         self._every_s, self._connect, self._aws = commit_every_s, connect, aws
         self.operators: tuple[Operator, ...] = tuple(o for s in stages for o in s.measures)
         self.tallies = {type(o).__name__: Tally() for o in self.operators}
@@ -221,8 +221,8 @@ class Measuring:
         self._refill_at = now + seconds / REFILL_SHARE if self.feeding else now
 
     def _waiting_in_table(self) -> Iterator[pa.Table]:
-        states = "('pending', 'rejected')" if self._measure_all else "('pending')"
-        which = f"error_type IS NULL AND state IN {states}"
+        states = ", ".join(f"'{state}'" for state in self._states)
+        which = f"error_type IS NULL AND state IN ({states})"
         scanner = self._writer.table(self._name).scanner(
             columns=self._small_columns(),
             filter=f"({self._where}) AND {which}" if self._where else which,
@@ -238,7 +238,8 @@ class Measuring:
 
     def _waits(self, rows: pa.Table) -> Any:
         verdicts = judge(rows, self._stages)
-        return waiting_for(rows, verdicts, self._stages, measure_all=self._measure_all)
+        measure_all = "rejected" in self._states
+        return waiting_for(rows, verdicts, self._stages, measure_all=measure_all)
 
     def _small_columns(self) -> list[str]:
         own = TABLES[self._name]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import pickle
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
 
-from engine.worker import Job, Outcome, Reader, Unit
+from engine.worker import Reader, Unit
 
 DEATHS_ALLOWED = 3
 """Times that an actor is started again for a block before the pipeline is given up."""
@@ -34,8 +35,14 @@ _LOST_WORKER = (
 
 
 def outcomes(
-    units: Sequence[Unit], job: Job, *, workers: int | None, share: float, wait_s: float
-) -> Iterator[Outcome | None]:
+    units: Sequence[Any],
+    job: Any,
+    *,
+    actor: Callable[[Any], Any] = Reader,
+    workers: int | None,
+    share: float,
+    wait_s: float,
+) -> Iterator[Any]:
     """Outcomes as they come, and None whenever none came for `wait_s`.
 
     Ends early where workers were lost for good: the units without an outcome are the caller's to
@@ -44,6 +51,7 @@ def outcomes(
     Args:
         units: What to do.
         job: What they share.
+        actor: Made with the job; does units.
         workers: Actors that read; None is one a core of the cluster.
         share: Of a core, what each asks Ray for: less than 1 where others work beside them.
         wait_s: In seconds.
@@ -55,7 +63,8 @@ def outcomes(
         return
     began, silent = time.monotonic(), True
     found: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_feed, args=(units, job, workers, share, found), daemon=True).start()
+    pipeline = functools.partial(_pipeline, units, job, actor, workers, share)
+    threading.Thread(target=_feed, args=(pipeline, found), daemon=True).start()
     while True:
         try:
             item = found.get(timeout=wait_s)
@@ -82,15 +91,9 @@ def outcomes(
         yield pickle.loads(item)
 
 
-def _feed(
-    units: Sequence[Unit],
-    job: Job,
-    workers: int | None,
-    share: float,
-    found: queue.SimpleQueue[Any],
-) -> None:
+def _feed(pipeline: Callable[[], ray.data.Dataset], found: queue.SimpleQueue[Any]) -> None:
     try:
-        for row in _pipeline(units, job, workers, share).iter_rows():
+        for row in pipeline().iter_rows():
             found.put(row["outcome"])
         found.put(None)
     except BaseException as error:  # noqa: BLE001 - the driver's thread raises it
@@ -98,7 +101,11 @@ def _feed(
 
 
 def _pipeline(
-    units: Sequence[Unit], job: Job, workers: int | None, share: float
+    units: Sequence[Any],
+    job: Any,
+    actor: Callable[[Any], Any],
+    workers: int | None,
+    share: float,
 ) -> ray.data.Dataset:
     cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
     size = min(len(units), workers or cores)
@@ -107,7 +114,7 @@ def _pipeline(
         for bundle in _bundles(units, at_most=max(1, len(units) // (64 * size)))
     ]
     return ray.data.from_arrow(blocks).map_batches(
-        Reader,
+        actor,
         fn_constructor_args=(job,),
         batch_size=1,
         batch_format="pyarrow",
@@ -120,12 +127,13 @@ def _pipeline(
     )
 
 
-def _bundles(units: Sequence[Unit], at_most: int) -> Iterator[list[Unit]]:
+def _bundles(units: Sequence[Any], at_most: int) -> Iterator[list[Any]]:
     """Small units together; large ones, parts, and those on which a worker died, alone."""
-    bundle: list[Unit] = []
+    bundle: list[Any] = []
     size = 0
     for unit in units:
-        own = BUNDLE_BYTES if unit.died or unit.part is not None else unit.source.size_bytes or 0
+        alone = not isinstance(unit, Unit) or unit.died or unit.part is not None
+        own = BUNDLE_BYTES if alone else unit.source.size_bytes or 0
         full = len(bundle) >= min(at_most, BUNDLE_UNITS) or size + own > BUNDLE_BYTES
         if bundle and full:
             yield bundle

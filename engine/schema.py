@@ -166,6 +166,25 @@ KEYFRAMES = pa.schema(
     ]
 )
 
+CUTS = pa.schema(
+    [
+        field("clip_id", _text, "clip that was cut out of its source"),
+        field("source_id", _text, "source of that clip"),
+        field("mode", _text, "copy or encode"),
+        field("start_s", _real, "first frame's time in the source, as cut", unit="s"),
+        field("end_s", _real, "end of the last frame's time in the source, as cut", unit="s"),
+        field("num_frames", pa.int64(), "frames in the cut"),
+        field("width_px", pa.int32(), "as shown", unit="px"),
+        field("height_px", pa.int32(), "as shown", unit="px"),
+        field("size_bytes", pa.int64(), "of the file", unit="bytes"),
+        field("path", _text, "file, relative to the dataset's root; null where mp4 holds it"),
+        lance.blob_field("mp4"),
+        field("error_type", _text, "exception class of a failure"),
+        field("error", _text, "what was wrong, for a person"),
+        field("run_id", _text, "run that wrote this row"),
+    ]
+)
+
 RUNS = pa.schema(
     [
         field("run_id", _text, "uuid of the run"),
@@ -192,5 +211,6 @@ TABLES: dict[str, pa.Schema] = {
     "clips": CLIPS,
     "keyframes": KEYFRAMES,
     "pairs": PAIRS,
+    "cuts": CUTS,
     "runs": RUNS,
 }

@@ -45,10 +45,10 @@ KEPT_VERSIONS = 64
 """Versions of a table that stay readable behind the newest (a tag keeps one for good)."""
 KEYS = {"clips": "clip_id", "pairs": "pair_id"}
 """The column that names a row, of tables whose rows are measured and judged."""
-ROWS_PER_FRAGMENT = {"keyframes": 8_192}
+ROWS_PER_FRAGMENT = {"keyframes": 8_192, "cuts": 1_024}
 """Rows of a full fragment where rows are large; `_FULL` elsewhere."""
 _FULL = 131_072
-ROWS_PER_READ = {"keyframes": 256}
+ROWS_PER_READ = {"keyframes": 256, "cuts": 8}
 """Rows that a compaction holds at a time where rows are large; `_READ` elsewhere."""
 _READ = 8_192
 _DATA_TABLES = ("keyframes", "clips", "sources")  # in the order in which a unit commits them
@@ -297,6 +297,10 @@ class Writer:
         versions = {n: str(self._tables[n].at.version) for n in _RECORDED}
         return versions | {"run": self.run_id, "operators": json.dumps(self._keys)}
 
+    def keys(self, name: str, where: str) -> dict[str, str]:
+        """What `adopt` recorded last for these rows."""
+        return self._keys.get(f"{name} where {where}", {})
+
     def table(self, name: str) -> lance.LanceDataset:
         """A table as of this driver's last commit."""
         return self._tables[name].at
@@ -399,6 +403,7 @@ class Writer:
         operators: Sequence[Operator],
         keys: dict[str, str],
         *,
+        where: str | None = None,
         retry_failed: bool = False,
     ) -> list[str]:
         """Forgets values that other operators measured, and failures that are to be tried again.
@@ -407,16 +412,18 @@ class Writer:
             name: Table.
             operators: Those of today's stages.
             keys: For each one's marker column, what its values depend on (`engine.chain.keys`).
+            where: SQL predicate of the rows concerned, which have keys of their own.
             retry_failed: Final failures too.
 
         Returns:
             Names of operators whose stored values went.
         """
-        table, known = self._tables[name], self._keys.get(name, {})
+        scope = f"{name} where {where}" if where else name
+        table, known = self._tables[name], self._keys.get(scope, {})
         stale = [o for o in operators if known.get(o.marker) != keys[o.marker]]
         updates, lost = [], set()
         for fragment in table.at.get_fragments():
-            updated, markers = _forgotten(fragment, stale, retry_failed)
+            updated, markers = _forgotten(fragment, stale, where, retry_failed)
             if updated is not None:
                 updates.append(updated)
                 lost |= markers
@@ -430,7 +437,7 @@ class Writer:
                 kind="rows",
             )
         if updates or stale:
-            self._keys[name] = keys
+            self._keys[scope] = known | keys
             self._record()
         return [type(o).__name__ for o in stale if o.marker in lost]
 
@@ -586,11 +593,11 @@ def _judged(
 
 
 def _forgotten(
-    fragment: LanceFragment, stale: Sequence[Operator], retry_failed: bool
+    fragment: LanceFragment, stale: Sequence[Operator], where: str | None, retry_failed: bool
 ) -> tuple[tuple[FragmentMetadata, list[int]] | None, set[str]]:
     """A fragment without stale values and failures, and the markers of what it held."""
     markers = [o.marker for o in stale]
-    rows = fragment.to_table(columns=[*markers, *ERRORS.names], with_row_id=True)
+    rows = fragment.to_table(columns=[*markers, *ERRORS.names], filter=where, with_row_id=True)
     held = {m for m in markers if rows[m].null_count < rows.num_rows}
     again = pc.is_in(
         rows["error_operator"], pa.array([type(o).__name__ for o in stale], pa.string())

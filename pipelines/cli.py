@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow.compute as pc
 import tyro
@@ -33,7 +33,11 @@ from engine import storage
 from engine.accounts import Accounts
 from engine.operator import Stage
 from engine.tables import read
-from pipelines.recipes import RECIPES, Recipe
+from pipelines.flags import ModelFlags
+from pipelines.recipes import NAMES, WITH_MODELS, Recipe, models_of, recipe
+
+if TYPE_CHECKING:
+    from pipelines.models import Models
 
 PAPER_CLIP_S = 10.0
 """Mean clip length that Mimir's appendix A reports: "each clip averaging about 10 seconds"."""
@@ -77,11 +81,54 @@ def set_up_logging() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is a Ctrl-C
 
 
-def recipe_named(name: str) -> Recipe:
+def recipe_named(name: str, models: Models | None = None) -> Recipe:
     """A recipe, or one line that lists those there are."""
-    if name not in RECIPES:
-        fail(f"there is no recipe {name!r}: choose one of {', '.join(sorted(RECIPES))}")
-    return RECIPES[name]
+    if name not in NAMES:
+        fail(f"there is no recipe {name!r}: choose one of {', '.join(NAMES)}")
+    return recipe(name, models)
+
+
+def recipe_with(name: str, flags: ModelFlags, *, models_like: str | None = None) -> Recipe:
+    """A recipe with the models that flags name; the small checkpoints of `tiny` are made here.
+
+    Args:
+        name: Of the recipe.
+        flags: What differs from its models.
+        models_like: Another recipe, whose models it takes in place of its own.
+    """
+    from pipelines.models import make_tiny, with_flags
+
+    given = [f for f in dataclasses.fields(ModelFlags) if getattr(flags, f.name) != f.default]
+    if name not in WITH_MODELS:
+        if given:
+            fail(f"--{given[0].name.replace('_', '-')}: recipe {name!r} loads no model")
+        return recipe_named(name)
+    try:
+        models = with_flags(models_of(models_like or name), flags)
+    except ValueError as error:
+        fail(str(error))
+    if "tiny" in (name, models_like):
+        err.print("recipe tiny: small random models, their outputs mean nothing", highlight=False)
+        make_tiny()
+    return recipe_named(name, models)
+
+
+def with_pairs(recipe: Recipe, names: Sequence[str] | None, language: str | None) -> Recipe:
+    """The recipe with other pairs to make, by the names of their instructions."""
+    if names is None and language is None:
+        return recipe
+    for name in names or ():
+        if name not in recipe.pairs:
+            known = ", ".join(recipe.pairs) or "none"
+            fail(f"--instruction {name}: recipe {recipe.name!r} knows {known}")
+    pairs = dict(recipe.pairs)
+    makes = tuple(names) if names is not None else recipe.makes
+    for name in makes:
+        if pairs[name].instruction.needs_language != bool(language):
+            what = "needs --language, e.g. French" if not language else "takes no --language"
+            fail(f"--instruction {name} {what}")
+        pairs[name] = dataclasses.replace(pairs[name], language=language)
+    return dataclasses.replace(recipe, pairs=pairs, makes=makes)
 
 
 def with_bounds(stages: Sequence[Stage], changes: Iterable[str]) -> tuple[Stage, ...]:

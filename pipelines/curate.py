@@ -8,6 +8,7 @@ after an interruption, to pick up new and changed files, or to apply other thres
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import tyro
 
-from engine.curation import Curation, Options, Result
+from engine.curation import Curation, Cutting, Options, Result
+from engine.gauge import Unloadable
 from engine.session import connected
 from engine.sources import Listing, list_sources
 from engine.tables import DatasetError, LeaseLost, create
 from pipelines import cli
+from pipelines.flags import ModelFlags
 from pipelines.recipes import Recipe
 from pipelines.versions import provenance
 
@@ -36,8 +39,8 @@ POSITIVE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
-    """Curates videos into a Lance dataset."""
+class Args(ModelFlags):
+    """Curates videos and images into a Lance dataset."""
 
     recipe: tyro.conf.Positional[str] = "classic"
     """Which operators and rules: see pipelines/recipes.py."""
@@ -47,12 +50,22 @@ class Args:
     """The dataset: made where it is missing, continued where it is there."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN.BOUND=VALUE")] = ()
     """Other thresholds, such as brightness.lo=0.3."""
-    shots: Literal["adaptive", "content", "threshold", "none"] = "adaptive"
-    """Shot detector; none cuts fixed spans."""
-    clip_seconds: float = 60.0
-    """Length of the fixed spans of --shots none."""
-    max_shot_s: float = 20.0
-    """Longer shots are split evenly."""
+    shots: Literal["adaptive", "content", "threshold", "none"] | None = None
+    """Shot detector, adaptive unless the recipe says otherwise; none cuts fixed spans."""
+    clip_seconds: float | None = None
+    """Length of the fixed spans of --shots none, 60 unless the recipe says otherwise."""
+    max_shot_s: float | None = None
+    """Longer shots are split evenly, 20 unless the recipe says otherwise."""
+    instruction: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME")] = None
+    """Which pairs a recipe with models makes: dense (its default), multi_scene, multilingual."""
+    language: str | None = None
+    """Of the captions that --instruction multilingual rephrases, e.g. French."""
+    caption_frames: Literal["keyframes", "decode"] = "keyframes"
+    """What the captioner sees: the stored keyframes, or frames of survivors decoded anew."""
+    cut: Literal["none", "copy", "encode"] = "none"
+    """Cut what is kept: without re-encoding between key frames, or exact to the frame."""
+    cut_to: Literal["files", "blob"] = "files"
+    """Where cuts go: files below the dataset, or the blob column of its table `cuts`."""
     measure: Literal["survivors", "all"] = "survivors"
     """Whether rejected clips are measured too."""
     retry_failed: bool = False
@@ -88,6 +101,8 @@ def main() -> int:
                 recipe=recipe.name,
                 scan=recipe.scan,
                 stages=recipe.stages,
+                pairs=tuple(recipe.pairs[name] for name in recipe.makes),
+                cuts=None if args.cut == "none" else Cutting(mode=args.cut, where=args.cut_to),
                 options=options(args),
                 connect=lambda: connected(args.workers),
                 watch=watch,
@@ -95,7 +110,7 @@ def main() -> int:
             ).run(listing)
     except (DatasetError, ValueError) as error:
         cli.fail(str(error))
-    except (LeaseLost, ConnectionError) as error:
+    except (LeaseLost, ConnectionError, Unloadable) as error:
         cli.fail(str(error), code=cli.UNBALANCED)
     except OSError as error:
         cli.fail(f"{dst} cannot be written: {cli.first_words(error)}", code=cli.UNBALANCED)
@@ -108,14 +123,17 @@ def main() -> int:
 def resolve(args: Args) -> Recipe:
     """The recipe with what the command line changes of it."""
     for name in POSITIVE:
-        if not getattr(args, name) > 0:
-            cli.fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: must be more than 0")
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            cli.fail(f"--{name.replace('_', '-')} {value:g}: must be more than 0")
     if args.workers is not None and args.workers < 1:
         cli.fail(f"--workers {args.workers}: must be 1 or more")
-    recipe = cli.recipe_named(args.recipe).with_scan(
-        shots=args.shots, clip_seconds=args.clip_seconds, max_shot_s=args.max_shot_s
-    )
-    return Recipe(name=recipe.name, stages=cli.with_bounds(recipe.stages, args.set))
+    scan = {n: getattr(args, n) for n in ("shots", "clip_seconds", "max_shot_s")}
+    recipe = cli.recipe_with(args.recipe, args)
+    recipe = recipe.with_scan(**{n: value for n, value in scan.items() if value is not None})
+    recipe = recipe.with_caption_frames(args.caption_frames)
+    recipe = cli.with_pairs(recipe, args.instruction, args.language)
+    return dataclasses.replace(recipe, stages=cli.with_bounds(recipe.stages, args.set))
 
 
 def sources_of(args: Args) -> tuple[str, Listing]:

@@ -11,7 +11,10 @@ from typing import Any
 
 from pipelines.recipes import Recipe
 
-DISTRIBUTIONS = ("ray", "pylance", "pyarrow", "av", "opencv-python", "scenedetect", "decord")
+DISTRIBUTIONS = (
+    "ray pylance pyarrow av opencv-python scenedetect decord rapidocr onnxruntime"
+    " torch torchvision transformers open-clip-torch"
+).split()
 
 
 def provenance(recipe: Recipe, src: Sequence[str]) -> dict[str, Any]:

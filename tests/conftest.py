@@ -266,6 +266,8 @@ def curate(connection: None) -> Curate:
         bounds: tuple[str, ...] = (),
         scan: dict[str, Any] | None = None,
         further: tuple[Any, ...] = (),
+        pairs: tuple[Any, ...] = (),
+        cuts: Any = None,
         watch: Callable[[Any], None] = lambda _: None,
         **options: Any,
     ) -> Any:
@@ -276,10 +278,16 @@ def curate(connection: None) -> Curate:
             recipe=recipe.name,
             scan=recipe.scan,
             stages=with_bounds((*recipe.stages[:2], *further), bounds),
+            pairs=pairs,
+            cuts=cuts,
             options=Options(**options),
             connect=contextlib.nullcontext,
             watch=watch,
-        ).run(list_sources([str(s) for s in src] if isinstance(src, list) else str(src)))
+        ).run(
+            None
+            if src is None
+            else list_sources([str(s) for s in src] if isinstance(src, list) else str(src))
+        )
 
     return call
 
@@ -302,14 +310,25 @@ def rows(root: object, table: str, *, without: tuple[str, ...] = VOLATILE) -> li
     from engine.tables import read
 
     found = read(str(root), table)
-    names = [n for n in found.schema.names if n not in (*without, "jpeg")]
+    names = [n for n in found.schema.names if n not in (*without, "jpeg", "mp4")]
     listed = found.to_table(columns=names).to_pylist()
     if table == "keyframes":
         blobs = found.take_blobs("jpeg", indices=list(range(len(listed))))
         for row, blob in zip(listed, blobs, strict=True):
             row["jpeg"] = blob.read()
-    key = {"sources": ("uri",), "clips": ("source_uri", "start_s", "end_s", "clip_id")}
-    return sorted(listed, key=lambda r: [r[k] for k in key.get(table, ("clip_id", "frame"))])
+    key = {
+        "sources": ("uri",),
+        "clips": ("source_uri", "start_s", "end_s", "clip_id"),
+        "pairs": ("pair_id",),
+        "cuts": ("clip_id",),
+    }
+    # an image has no time
+    return sorted(
+        listed,
+        key=lambda r: [
+            r[k] if r[k] is not None else 0 for k in key.get(table, ("clip_id", "frame"))
+        ],
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from engine.operator import Failed, Operator, resource, results
 from engine.picture import rgb_of
-from engine.schema import CLIPS
+from engine.schema import CLIPS, PAIRS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +120,62 @@ class Unready(Logged):
 
     def load(self) -> Callable[[pa.Table], pa.Table]:
         raise OSError("the file with its weights is cut off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Short(Logged):
+    """An original caption for pairs that have none: how many pictures it has seen."""
+
+    reads: ClassVar[tuple[str, ...]] = ("keyframes",)
+    writes: ClassVar[pa.Schema] = pa.schema(
+        [PAIRS.field("original"), PAIRS.field("original_source")]
+    )
+
+    def load(self) -> Callable[[pa.Table], pa.Table]:
+        def measure(pairs: pa.Table) -> pa.Table:
+            self.note(pairs)
+            counts = [len(k) for k in pairs["keyframes"].to_pylist()]
+            texts = [f"{n} pictures" for n in counts]
+            return results(
+                self.writes, [{"original": t, "original_source": "generated"} for t in texts]
+            )
+
+        return measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Longer(Logged):
+    """The original, and what the clip's own columns say."""
+
+    reads: ClassVar[tuple[str, ...]] = ("original", "aesthetic_score")
+    writes: ClassVar[pa.Schema] = pa.schema(
+        [PAIRS.field("rephrased"), PAIRS.field("rephrased_raw")]
+    )
+    words: str = "with"
+
+    def load(self) -> Callable[[pa.Table], pa.Table]:
+        def measure(pairs: pa.Table) -> pa.Table:
+            self.note(pairs)
+            texts = [
+                f"{r['original']} {self.words} {r['aesthetic_score']:.1f}"
+                for r in pairs.to_pylist()
+            ]
+            return results(self.writes, [{"rephrased": t, "rephrased_raw": t} for t in texts])
+
+        return measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length(Logged):
+    """Words of what was rephrased, as a score."""
+
+    reads: ClassVar[tuple[str, ...]] = ("rephrased",)
+    writes: ClassVar[pa.Schema] = pa.schema([PAIRS.field("clip_score")])
+
+    def load(self) -> Callable[[pa.Table], pa.Table]:
+        def measure(pairs: pa.Table) -> pa.Table:
+            self.note(pairs)
+            counts = [len(t.split()) for t in pairs["rephrased"].to_pylist()]
+            return results(self.writes, [{"clip_score": float(n)} for n in counts])
+
+        return measure

@@ -1,0 +1,149 @@
+"""RISE-T2V's training pairs: an instruction, a caption, the caption rephrased, and what it is of.
+
+    python pipelines/recaption.py --src DATASET --instruction dense
+    python pipelines/recaption.py --src FOLDER_GLOB_OR_MANIFEST --dst DATASET
+
+Of a dataset that curate.py made, each kept clip gets its pairs, in place. Images or videos are
+first read into a dataset of their own, of which everything is kept (recipe `rise`). Run the same
+command again to go on, or to try again what failed for a reason that may pass.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Ray reads these when it is imported; it must not start anew in a thread that Ctrl-C leaves behind.
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import tyro
+
+from engine import storage
+from engine.curation import Curation, Options, Result
+from engine.gauge import Unloadable
+from engine.session import connected
+from engine.sources import Listing, list_sources
+from engine.tables import DatasetError, LeaseLost, create, identity, read
+from pipelines import cli
+from pipelines.curate import end, exit_code
+from pipelines.flags import ModelFlags
+from pipelines.recipes import WITH_MODELS, Recipe
+from pipelines.versions import provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(ModelFlags):
+    """Makes RISE-T2V's training pairs."""
+
+    src: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")]
+    """A dataset; or images and videos, as curate.py takes them."""
+    dst: str | None = None
+    """For images and videos: the dataset to make or to continue."""
+    instruction: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ("dense",)
+    """dense (for training), multi_scene, multilingual: see pipelines/instructions."""
+    language: str | None = None
+    """Of the captions that --instruction multilingual rephrases, e.g. French."""
+    models: Literal["mimir", "small", "tiny"] | None = None
+    """Whose models: by default those of the dataset's recipe, else mimir's."""
+    retry_failed: bool = False
+    """Try failures again that were final."""
+    workers: int | None = None
+    """Processes that read; by default one a core of the cluster."""
+    commit_every_s: float = 10.0
+    """What a death may cost."""
+    lease_expiry_s: float = 60.0
+    """Silence after which another machine may take this dataset over."""
+    json: bool = False
+    """One JSON object on standard output, and nothing else."""
+
+
+def main() -> int:
+    """Makes pairs as the command line says; gives the exit code."""
+    args = cli.arguments(Args, __doc__ or "")
+    cli.set_up_logging()
+    try:
+        dst, listing, name = _target(args)
+        recipe = cli.with_pairs(
+            cli.recipe_with(name, args, models_like=args.models), args.instruction, args.language
+        )
+        if listing is not None:
+            create(dst, recipe.name)
+        with cli.Watcher() as watch:
+            curation = Curation(
+                dst,
+                recipe=recipe.name,
+                scan=recipe.scan,
+                stages=recipe.stages,
+                pairs=tuple(recipe.pairs[name] for name in recipe.makes),
+                options=Options(
+                    retry_failed=args.retry_failed,
+                    commit_every_s=args.commit_every_s,
+                    lease_expiry_s=args.lease_expiry_s,
+                    workers=args.workers,
+                ),
+                connect=lambda: connected(args.workers),
+                watch=watch,
+                about=provenance(recipe, args.src),
+            )
+            result = curation.run(listing)
+    except (DatasetError, ValueError) as error:
+        cli.fail(str(error))
+    except (LeaseLost, ConnectionError, Unloadable) as error:
+        cli.fail(str(error), code=cli.UNBALANCED)
+    except OSError as error:
+        cli.fail(f"{dst} cannot be written: {cli.first_words(error)}", code=cli.UNBALANCED)
+    except KeyboardInterrupt:
+        cli.fail("stopped before any work began", code=cli.INTERRUPTED)
+    show(result, recipe, as_json=args.json)
+    return exit_code(result)
+
+
+def _target(args: Args) -> tuple[str, Listing | None, str]:
+    """The dataset, what is to be read into it (None: nothing), and the recipe."""
+    if len(args.src) == 1 and storage.kind(storage.join(args.src[0], "dataset.json")) == "file":
+        root = cli.destination(args.src[0])
+        if args.dst is not None and cli.destination(args.dst) != root:
+            cli.fail("--dst: the pairs of a dataset go into it; leave --dst out")
+        name = identity(root)["recipe"]
+        return root, None, name if name in WITH_MODELS else "classic+rise"
+    if args.dst is None:
+        cli.fail("--dst is missing: name the dataset to make or to continue, e.g. --dst out/pairs")
+    return cli.destination(args.dst), list_sources(args.src), "rise"
+
+
+def show(result: Result, recipe: Recipe, *, as_json: bool) -> None:
+    """The counts of the pairs, by instruction."""
+    table = read(result.root, "pairs").to_table(columns=["instruction", "state", "reason"])
+    counts = {
+        name: _counts(table.filter(pc.equal(table["instruction"], name))) for name in recipe.makes
+    }
+    if as_json:
+        about = {"dataset": result.root, "run_id": result.run_id, "pairs": counts}
+        cli.print_json(about | {"seconds": round(result.seconds, 3)})
+        return
+    for name, found in counts.items():
+        words = ", ".join(f"{n:,} {what}" for what, n in found.items())
+        cli.out.print(f"{name}: {words or 'none'}", highlight=False)
+    cli.out.print(f"{result.seconds:.1f} s", highlight=False)
+    cli.out.print(f"dataset: {result.root}", highlight=False, soft_wrap=True)
+
+
+def _counts(pairs: pa.Table) -> dict[str, int]:
+    found = {}
+    for row in pairs.group_by(["state", "reason"]).aggregate([([], "count_all")]).to_pylist():
+        found[row["reason"] or row["state"]] = row["count_all"]
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+if __name__ == "__main__":
+    try:
+        end(main())
+    except SystemExit as stop:  # --help, or an error that was said
+        end(stop.code if isinstance(stop.code, int) else 0)
