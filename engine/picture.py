@@ -224,7 +224,7 @@ def rgb_of(jpeg: bytes) -> np.ndarray:
     Raises:
         ValueError: It is no picture that can be decoded.
     """
-    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) if jpeg else None
     if image is None:
         raise ValueError(f"a keyframe of {len(jpeg)} bytes cannot be decoded")
     return image
