@@ -163,10 +163,6 @@ class Curation:
             memory_limit_bytes=int(options.memory_limit_gib * 2**30),
             aws=tuple(storage.aws_environment().items()),
         )
-        for operator in (o for s in stages for o in s.measures):
-            operator.check()
-        for operator in (o for p in pairs for s in p.stages for o in s.measures):
-            operator.check()
         self.tallies: dict[str, Tally] = {}
         self.frames_decoded = 0
         self._uncommitted: list[Outcome] = []

@@ -189,7 +189,7 @@ class Measuring:
     def close(self) -> None:
         """Ends the actors."""
         for pool in self._pools.values():
-            for actor in pool.actors:
+            for actor in pool.actors if ray.is_initialized() else []:
                 ray.kill(actor)
         self._pools.clear()
 
@@ -210,7 +210,7 @@ class Measuring:
             new = [i for i, row_id in enumerate(ids) if row_id not in self._rows]
             if len(new) > room:
                 new, self._more = new[:room], True
-            picked.append(batch.take(new))
+            picked.append(batch.take(pa.array(new, pa.int64())))
             room -= len(new)
             if self._more:
                 break

@@ -92,6 +92,7 @@ def main() -> int:
     cli.set_up_logging()
     recipe = resolve(args)
     try:
+        recipe.check()
         dst, listing = sources_of(args)
         create(dst, recipe.name)
         cli.err.print(f"{len(listing.sources)} sources to {dst}", highlight=False)
@@ -173,6 +174,7 @@ def show(result: Result, recipe: Recipe, *, as_json: bool) -> None:
             {"dataset": result.root, "run_id": result.run_id}
             | accounts.as_dict()
             | {"frames_decoded": result.frames_decoded, "seconds": round(result.seconds, 3)}
+            | {"measured": {n: dataclasses.asdict(t) for n, t in result.measured.items()}}
         )
     else:
         rate = result.frames_decoded / max(result.seconds, 1e-9)

@@ -73,6 +73,7 @@ def main() -> int:
         recipe = cli.with_pairs(
             cli.recipe_with(name, args, models_like=args.models), args.instruction, args.language
         )
+        recipe.check()
         if listing is not None:
             create(dst, recipe.name)
         with cli.Watcher() as watch:

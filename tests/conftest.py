@@ -209,8 +209,8 @@ def processes(kind: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.fixture
-def run(cluster: Cluster) -> Run:
+@pytest.fixture(scope="session")
+def run_in_session(cluster: Cluster) -> Run:
     """Runs a command of the project on the session's cluster: run("curate", "--src", ...)."""
 
     def call(
@@ -231,6 +231,12 @@ def run(cluster: Cluster) -> Run:
         return Ran(done.returncode, done.stdout, done.stderr)
 
     return call
+
+
+@pytest.fixture
+def run(run_in_session: Run) -> Run:
+    """The same."""
+    return run_in_session
 
 
 @pytest.fixture(scope="session")

@@ -226,7 +226,7 @@ def test_fingerprint_follows_weights_and_parameters_not_resources(tiny, operator
 def test_tiny_answers_both_ways_and_some_captions_repeat(tiny, measure):
     scores = measure(table(*[[p] for p in photos()]))["watermark_score"].to_pylist()
     assert None not in scores
-    assert 0.2 < sum(s > 0.5 for s in scores) / len(scores) < 0.8
+    assert 0.1 < sum(s > 0.5 for s in scores) / len(scores) < 0.8
     assert max(scores) - min(scores) > 0.3
     ask = TransformersChat(weights=Weights(at=str(tiny)), max_new_tokens=60).open()
     answers = ask(
