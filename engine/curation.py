@@ -25,6 +25,7 @@ from engine.accounts import Accounts, balance
 from engine.cut import Mode
 from engine.cutter import CutJob, Where
 from engine.cutting import cut, to_cut
+from engine.forget import check_whole
 from engine.lease import EXPIRY_S, Lease
 from engine.measuring import SCAN_SHARE, Measuring, Tally
 from engine.operator import Failed, Stage
@@ -187,6 +188,7 @@ class Curation:
             Lease(self.root, self.run_id, self.options.lease_expiry_s),
             contextlib.ExitStack() as self._connection,
         ):
+            check_whole(self.root)
             self.writer = Writer(self.root, self.run_id, recovered=_log.warning)
             if listing is not None:
                 interrupted = self._curate(listing)

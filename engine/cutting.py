@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pyarrow as pa
 from lance.fragment import FragmentMetadata
 
-from engine.cutter import READS, CutJob, CutOutcome, Cutter, units
+from engine import storage
+from engine.cutter import READS, CutJob, CutOutcome, Cutter, place_of, units
 from engine.pipeline import outcomes
 from engine.tables import Writer
 
@@ -22,13 +23,13 @@ def to_cut(writer: Writer, mode: str) -> pa.Table:
     A cut that failed for what is in its source is not tried again.
     """
     kept = writer.table("clips").to_table(columns=[*READS, "media"], filter="kept")
-    cuts = writer.table("cuts").to_table(columns=["clip_id", "mode"])
-    there = {c["clip_id"] for c in cuts.to_pylist() if c["mode"] == mode}
+    cuts = writer.table("cuts").to_table(columns=["clip_id", "mode", "path"]).to_pylist()
+    there = {c["clip_id"] for c in cuts if c["mode"] == mode}
     wanted = set(kept["clip_id"].to_pylist())
-    stale = [
-        c["clip_id"] for c in cuts.to_pylist() if c["mode"] != mode or c["clip_id"] not in wanted
-    ]
-    writer.remove("cuts", "clip_id", sorted(set(stale)))
+    stale = [c for c in cuts if c["mode"] != mode or c["clip_id"] not in wanted]
+    for path in (c["path"] for c in stale if c["path"]):
+        storage.delete(place_of(writer.root, path))
+    writer.remove("cuts", "clip_id", sorted({c["clip_id"] for c in stale}))
     lacking = [i not in there for i in kept["clip_id"].to_pylist()]
     return kept.filter(pa.array(lacking, pa.bool_()))
 

@@ -333,7 +333,7 @@ class Measuring:
 
     def _send(self, index: int, ids: tuple[str, ...], pool: _Pool, actor: Any) -> None:
         operator = self.operators[index]
-        columns = [self._key, *(c for c in operator.reads if c != self._key)]
+        columns = list(dict.fromkeys([self._key, "clip_id", *operator.reads]))
         rows = [self._rows[i] for i in ids]
         types = [self._type_of(c) for c in columns]
         table = pa.table(

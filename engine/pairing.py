@@ -62,6 +62,8 @@ def prepare(
         stale = writer.table("pairs").to_table(columns=["pair_id"], filter=pairs.where)
         writer.remove("pairs", "pair_id", stale["pair_id"].to_pylist())
     there = _current(writer, pairs)
+    # before new rows come in: captions that were given are no operator's to forget
+    writer.adopt("pairs", operators, keys, where=pairs.where, retry_failed=retry_failed)
     kept = writer.table("clips").to_table(columns=[*_OF_CLIP, "caption_original"], filter="kept")
     rows = [
         _row(clip, pairs)
@@ -69,7 +71,6 @@ def prepare(
         if _pair_id(clip["clip_id"], pairs) not in there
     ]
     writer.append("pairs", pa.Table.from_pylist(rows, schema=PAIRS))
-    writer.adopt("pairs", operators, keys, where=pairs.where, retry_failed=retry_failed)
     writer.publish(pairs.stages, "pairs")
 
 

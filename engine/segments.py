@@ -10,8 +10,8 @@ from av.video.frame import PictureType
 
 from engine.video import Media, Metadata, Video, VideoError, decode, open_video
 
-_CONTAINERS = ("mov", "matroska")
-_CODECS = ("h264", "hevc", "vp8", "vp9", "av1")
+CONTAINERS = ("mov", "matroska")
+CODECS = ("h264", "hevc", "vp8", "vp9", "av1")
 _REFERENCE_RATE = 1280 * 720 * 30  # px/s
 _SHORTEST_S, _LONGEST_S = 30.0, 600.0
 
@@ -35,8 +35,8 @@ def plan(
     """The parts of a source; one where it is short, or where a cut could change what is decoded."""
     length_s = _length(metadata, segment_s)
     if (
-        metadata.container.split(",")[0] not in _CONTAINERS
-        or metadata.codec not in _CODECS
+        metadata.container.split(",")[0] not in CONTAINERS
+        or metadata.codec not in CODECS
         or metadata.duration_s is None
         or metadata.duration_s < 1.5 * length_s
     ):
@@ -44,7 +44,7 @@ def plan(
     with open_video(media, max_pixels=max_pixels) as video:
         found = _key_packets(video, length_s)
     # Each in a file of its own: a decoder that has seen other frames proves nothing.
-    splits = [key for key in found if _gives_picture(media, key, max_pixels)]
+    splits = [key for key in found if gives_picture(media, key, max_pixels)]
     starts = [(None, None), *splits]
     stops = [*(pts for pts, _ in splits), None]
     return tuple(
@@ -85,7 +85,7 @@ def _key_packets(video: Video, length_s: float) -> list[tuple[int, int]]:
             and packet.pts >= due
             and latest is not None
             and packet.pts > latest
-            and _is_exact(video, packet)
+            and is_exact(video, packet)
         ):
             # A file that has no decoding times is sought by those of showing.
             found.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
@@ -96,7 +96,7 @@ def _key_packets(video: Video, length_s: float) -> list[tuple[int, int]]:
     return found
 
 
-def _gives_picture(media: Media, key: tuple[int, int], max_pixels: int) -> bool:
+def gives_picture(media: Media, key: tuple[int, int], max_pixels: int) -> bool:
     """Whether decoding from a key packet begins with its own frame, whole."""
     pts, seek_ts = key
     with open_video(media, max_pixels=max_pixels) as video:
@@ -107,7 +107,7 @@ def _gives_picture(media: Media, key: tuple[int, int], max_pixels: int) -> bool:
         return first is not None and first.pts == pts and first.picture.pict_type == PictureType.I
 
 
-def _is_exact(video: Video, packet: Packet[Any]) -> bool:
+def is_exact(video: Video, packet: Packet[Any]) -> bool:
     """Whether nothing shown from this packet on refers to anything before it.
 
     In H.264 only an IDR picture is sure to be such a place: after the others of an open GOP a

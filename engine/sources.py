@@ -26,7 +26,7 @@ MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 """In a folder or glob, a name with one of these (in any case) is a source whatever it holds."""
 SIDECAR_SUFFIXES = (".txt", ".json")
 MAX_SIDECAR_BYTES = 1 << 20
-_WILDCARD = r"[*?\[]"
+WILDCARD = r"[*?\[]"
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _expand(src: str, ignored: set[str]) -> Iterator[_Named]:
             f"{f'a {suffix} file' if suffix else 'a file without a suffix'}; "
             "name the files in one of these, one `uri` a row"
         )
-    elif re.search(_WILDCARD, src):
+    elif re.search(WILDCARD, src):
         yield from _of_glob(src, uri, ignored)
     else:
         raise ValueError(f"{shown(src)}: there is no such file or folder; check the path")
@@ -178,20 +178,20 @@ def _of_manifest(uri: str) -> Iterator[_Named]:
 
 
 def _of_glob(src: str, uri: str, ignored: set[str]) -> Iterator[_Named]:
-    root, parts = _split_glob(uri)
+    root, parts = split_glob(uri)
     if storage.kind(root) != "folder":
         raise ValueError(f"{shown(src)}: there is no folder {shown(root)}; check the path")
-    glob = _Glob(parts)
+    glob = Glob(parts)
     yield from _of_entries(src, root, listing(root, is_media, glob.may_hold), ignored, glob)
 
 
 def _of_entries(
-    src: str, root: str, entries: Iterable[Entry], ignored: set[str], glob: _Glob | None = None
+    src: str, root: str, entries: Iterable[Entry], ignored: set[str], glob: Glob | None = None
 ) -> Iterator[_Named]:
     named: list[Entry] = []
     others: list[tuple[Entry, bool]] = []
     for entry in entries:
-        wanted = glob is None or glob.matches(_parts_below(root, entry.uri))
+        wanted = glob is None or glob.matches(parts_below(root, entry.uri))
         if entry.folder and not is_media(entry.uri):
             named.append(entry)  # nobody may look inside: what it holds must not be lost silently
         elif not is_media(entry.uri):
@@ -218,7 +218,7 @@ def _of_entries(
         yield _Named(shown(src), entry.uri, entry=entry, sidecars=sidecars)
 
 
-class _Glob:
+class Glob:
     """A pattern in parts; a folder that matches is taken with all below it."""
 
     def __init__(self, parts: Sequence[str]):
@@ -251,16 +251,17 @@ class _Glob:
         return reached
 
 
-def _split_glob(uri: str) -> tuple[str, list[str]]:
+def split_glob(uri: str) -> tuple[str, list[str]]:
     """The folder above the first part with a wildcard, and the parts from there on."""
     start = uri.index("://") + 3 if storage.is_remote(uri) else 0
     parts = (uri[start:] if start else storage.local_path(uri)).split("/")
-    first = next(i for i, part in enumerate(parts) if re.search(_WILDCARD, part))
+    first = next(i for i, part in enumerate(parts) if re.search(WILDCARD, part))
     root = "/".join(parts[:first])
     return (uri[:start] + root if start else storage.local_uri(root or "/")), parts[first:]
 
 
-def _parts_below(root: str, uri: str) -> list[str]:
+def parts_below(root: str, uri: str) -> list[str]:
+    """Names of the folders between a root and what lies below it, and its own."""
     if not storage.is_remote(root):
         root, uri = storage.local_path(root), storage.local_path(uri)
     return uri[len(root.rstrip("/")) + 1 :].split("/")

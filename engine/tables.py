@@ -158,13 +158,14 @@ def _create_table(uri: str, schema: pa.Schema) -> None:
 
 
 @dataclass(kw_only=True)
-class _Table:
+class FencedTable:
     """One table as its driver sees it: `at` is always the version that the driver itself made."""
 
     name: str
     at: lance.LanceDataset
 
     def commit(self, operation: Any, **properties: str) -> None:
+        """Commits on top of the version that this driver made last, or raises `LeaseLost`."""
         uri = self.at.uri
         try:
             self.at = lance.LanceDataset.commit(
@@ -186,6 +187,7 @@ class _Table:
         self.commit(LanceOperation.Merge(fragments, self.at.lance_schema), **properties)
 
     def properties(self, version: int | None = None) -> dict[str, str]:
+        """Those of the commit that made a version, by default the latest."""
         transaction = self.at.read_transaction(version or self.at.version)
         return (transaction.transaction_properties or {}) if transaction else {}
 
@@ -228,35 +230,35 @@ class Writer:
         self.root, self.run_id = root, run_id
         for name, schema in TABLES.items():  # one made by an earlier version may lack a table
             _create_table(table_uri(root, name), schema)
-        self._tables = {name: _Table(name=name, at=read(root, name)) for name in TABLES}
+        self.tables = {name: FencedTable(name=name, at=read(root, name)) for name in TABLES}
         for name in sorted(TABLES, key=lambda name: name == "sources"):
             self._seal(name)
         belonging, self._keys = self._recorded()
-        if any(self._tables[name].at.version < version for name, version in belonging.items()):
+        if any(self.tables[name].at.version < version for name, version in belonging.items()):
             raise LeaseLost(f"{root} was taken over by another run; this one stops")
         for name, version in belonging.items():
-            if self._take_back(self._tables[name], version):
+            if self._take_back(self.tables[name], version):
                 recovered(f"took back rows of {name} that a dead run had not finished committing")
-        for name, table in self._tables.items():
+        for name, table in self.tables.items():
             lacking = [f for f in TABLES[name] if f.name not in table.at.schema.names]
             if lacking:  # made by an earlier version of this program: the new columns are null
                 table.at.add_columns(pa.schema(lacking))
-        self._record()
+        self.record()
 
     def _seal(self, name: str) -> None:
         # a live driver may commit between our read and our seal: then read again, it is losing
         for attempt in range(5):
             try:
-                self._tables[name].seal(kind="seal")
+                self.tables[name].seal(kind="seal")
                 return
             except LeaseLost:
                 if attempt == 4:
                     raise
-                self._tables[name].at = read(self.root, name)
+                self.tables[name].at = read(self.root, name)
 
     def _recorded(self) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
         """What `sources` says belongs to it: versions of tables, and keys of operators."""
-        table = self._tables["sources"]
+        table = self.tables["sources"]
         for version in range(table.at.version, 0, -1):  # compactions say nothing
             found = table.properties(version)
             if found.keys() >= set(_RECORDED):
@@ -265,7 +267,7 @@ class Writer:
         return dict.fromkeys(_RECORDED, 1), {}
 
     @staticmethod
-    def _take_back(table: _Table, recorded: int) -> bool:
+    def _take_back(table: FencedTable, recorded: int) -> bool:
         """Undoes commits of rows after version `recorded`; tells whether there were any."""
         later = range(recorded + 1, table.at.version + 1)
         if not any(table.properties(v).get("kind") == "rows" for v in later):
@@ -289,12 +291,13 @@ class Writer:
         )
         return True
 
-    def _record(self) -> None:
+    def record(self) -> None:
         """Says in `sources` that the other tables, as they are now, belong to it."""
-        self._tables["sources"].seal(**self._versions())
+        self.tables["sources"].seal(**self.versions())
 
-    def _versions(self) -> dict[str, str]:
-        versions = {n: str(self._tables[n].at.version) for n in _RECORDED}
+    def versions(self) -> dict[str, str]:
+        """Properties of a commit of `sources`: what belongs to it."""
+        versions = {n: str(self.tables[n].at.version) for n in _RECORDED}
         return versions | {"run": self.run_id, "operators": json.dumps(self._keys)}
 
     def keys(self, name: str, where: str) -> dict[str, str]:
@@ -303,7 +306,7 @@ class Writer:
 
     def table(self, name: str) -> lance.LanceDataset:
         """A table as of this driver's last commit."""
-        return self._tables[name].at
+        return self.tables[name].at
 
     @uninterrupted()
     def commit(
@@ -326,14 +329,14 @@ class Writer:
         """
         new = {
             "keyframes": list(keyframes),
-            "clips": self._fragments("clips", clips),
-            "sources": self._fragments("sources", sources),
+            "clips": self.fragments_of("clips", clips),
+            "sources": self.fragments_of("sources", sources),
         }
         for name in _DATA_TABLES:
-            table = self._tables[name]
+            table = self.tables[name]
             going = replaces if name in in_tables else ()
             changed, emptied = table.without("source_id", going)
-            properties = {"kind": "rows"} | (self._versions() if name == "sources" else {})
+            properties = {"kind": "rows"} | (self.versions() if name == "sources" else {})
             if changed or emptied:
                 operation = LanceOperation.Update(
                     removed_fragment_ids=emptied,
@@ -347,23 +350,24 @@ class Writer:
             table.commit(operation, **properties)
         self._compact()
 
-    def _fragments(self, name: str, rows: pa.Table | None) -> list[FragmentMetadata]:
+    def fragments_of(self, name: str, rows: pa.Table | None) -> list[FragmentMetadata]:
+        """Rows of a table, written and still to be committed."""
         return write_rows(self.root, name, rows) if rows is not None and rows.num_rows else []
 
     @uninterrupted()
     def append(self, name: str, rows: pa.Table | Sequence[FragmentMetadata]) -> None:
         """Adds rows, or fragments that workers wrote, to a table that sources do not commit to."""
-        new = self._fragments(name, rows) if isinstance(rows, pa.Table) else list(rows)
+        new = self.fragments_of(name, rows) if isinstance(rows, pa.Table) else list(rows)
         if new:
-            self._tables[name].commit(LanceOperation.Append(new))
+            self.tables[name].commit(LanceOperation.Append(new))
             self._compact()
 
     @uninterrupted()
     def remove(self, name: str, column: str, values: Sequence[str]) -> None:
         """Deletes rows of such a table."""
-        changed, emptied = self._tables[name].without(column, values)
+        changed, emptied = self.tables[name].without(column, values)
         if changed or emptied:
-            self._tables[name].commit(
+            self.tables[name].commit(
                 LanceOperation.Delete(changed, emptied, predicate=f"{column} given")
             )
 
@@ -377,7 +381,7 @@ class Writer:
             name: Table, one of `KEYS`.
             changes: Each with the key column and the columns to change, no key twice.
         """
-        key, table = KEYS[name], self._tables[name]
+        key, table = KEYS[name], self.tables[name]
         ids = pc.unique(pa.concat_arrays([c for t in changes for c in t[key].chunks]))
         rows = table.rows_with(key, ids.to_pylist())
         if not rows.num_rows:
@@ -389,11 +393,11 @@ class Writer:
             LanceOperation.Update(
                 removed_fragment_ids=emptied,
                 updated_fragments=changed,
-                new_fragments=self._fragments(name, rows),
+                new_fragments=self.fragments_of(name, rows),
             ),
             kind="rows",
         )
-        self._record()
+        self.record()
         self._compact()
 
     @uninterrupted()
@@ -419,7 +423,7 @@ class Writer:
             Names of operators whose stored values went.
         """
         scope = f"{name} where {where}" if where else name
-        table, known = self._tables[name], self._keys.get(scope, {})
+        table, known = self.tables[name], self._keys.get(scope, {})
         stale = [o for o in operators if known.get(o.marker) != keys[o.marker]]
         updates, lost = [], set()
         for fragment in table.at.get_fragments():
@@ -438,7 +442,7 @@ class Writer:
             )
         if updates or stale:
             self._keys[scope] = known | keys
-            self._record()
+            self.record()
         return [type(o).__name__ for o in stale if o.marker in lost]
 
     @uninterrupted()
@@ -451,7 +455,7 @@ class Writer:
         Returns:
             How many rows changed their verdict.
         """
-        table = self._tables[name]
+        table = self.tables[name]
         fragments = table.at.get_fragments()
         overrule = self._unkept() if name == "pairs" else _overrule_copies(fragments, stages)
         with ThreadPoolExecutor() as threads:  # Lance and Arrow work outside of Python's lock
@@ -468,7 +472,7 @@ class Writer:
                 ),
                 kind="verdicts",
             )
-            self._record()
+            self.record()
         return num_changed
 
     def _unkept(self) -> _Overrule:
@@ -491,13 +495,13 @@ class Writer:
     def add_run(self, row: dict[str, Any]) -> None:
         """Appends a row to `runs`."""
         rows = pa.Table.from_pylist([row], schema=TABLES["runs"])
-        self._tables["runs"].commit(LanceOperation.Append(self._fragments("runs", rows)))
+        self.tables["runs"].commit(LanceOperation.Append(self.fragments_of("runs", rows)))
         self._compact()
 
     def _compact(self) -> None:
         """Merges small fragments and forgets old versions, where there are many."""
         compacted = False
-        for name, table in self._tables.items():
+        for name, table in self.tables.items():
             full = ROWS_PER_FRAGMENT.get(name, _FULL)
             small = sum(f.metadata.num_rows < full for f in table.at.get_fragments())
             if small < COMPACT_AT:
@@ -517,7 +521,7 @@ class Writer:
             )
             compacted = True
         if compacted:
-            self._record()
+            self.record()
 
 
 def write_rows(

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from engine.accounts import balance
+from engine.forget import check_whole
 from engine.lease import Lease
 from engine.tables import DatasetError, LeaseLost, Writer, identity
 from pipelines import cli
@@ -46,8 +47,12 @@ def main() -> int:
         recipe = cli.recipe_named(identity(root)["recipe"])
         stages = cli.with_bounds(recipe.stages, args.set)
         with Lease(root, run_id):
+            check_whole(root)
             writer = Writer(root, run_id)
             num_changed = writer.publish(stages)
+            for pairs in recipe.pairs.values():
+                writer.publish(pairs.stages, "pairs")
+                break  # all instructions have the same rules
             accounts = balance(writer.table, None)
     except (DatasetError, ValueError) as error:
         cli.fail(str(error))

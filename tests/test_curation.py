@@ -159,7 +159,7 @@ def test_hashes_that_were_lost_are_asked_for_again_and_then_left_to_the_scan(
 def test_ctrl_c_while_a_unit_is_committed_loses_and_doubles_nothing(
     lossy: Lossy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit, left = tables._Table.commit, [3]  # moments: while the third commit is under way
+    commit, left = tables.FencedTable.commit, [3]  # moments: while the third commit is under way
 
     def pressed(table, operation, **properties):
         left[0] -= properties.get("kind") == "rows"
@@ -168,7 +168,7 @@ def test_ctrl_c_while_a_unit_is_committed_loses_and_doubles_nothing(
             os.kill(os.getpid(), signal.SIGINT)
         commit(table, operation, **properties)
 
-    monkeypatch.setattr(tables._Table, "commit", pressed)
+    monkeypatch.setattr(tables.FencedTable, "commit", pressed)
     monkeypatch.setattr("engine.curation.COMMIT_AT", 2)
     result = lossy.run(sources(20))
     assert result.interrupted

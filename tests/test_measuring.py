@@ -61,7 +61,7 @@ def by_name(dst: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def few(samples: Path, tmp_path: Path) -> Path:
-    """Videos of which each stage keeps some and rejects some, and one that the basic one rejects."""
+    """Videos of which each stage keeps some and rejects some; the basic one takes one."""
     folder = tmp_path / "few"
     folder.mkdir()
     names = "coffee_pan.mp4 rotated_upright.mp4 square.mp4 astronaut_zoom.mp4 shapes.mp4 grass.webm"

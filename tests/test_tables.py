@@ -146,11 +146,11 @@ def test_a_driver_replaced_in_the_middle_of_a_unit_leaves_nothing_of_it(
     asleep = Writer(root, "asleep")
     unit(asleep, "a")
     before = rows_in(root)
-    kind = type(asleep._tables["clips"])
+    kind = type(asleep.tables["clips"])
     commit = kind.commit
 
     def stops_before_sources(table, operation, **properties):
-        if table is asleep._tables["sources"]:
+        if table is asleep.tables["sources"]:
             monkeypatch.setattr(kind, "commit", commit)
             Writer(root, "awake")
         commit(table, operation, **properties)
@@ -167,7 +167,7 @@ def test_what_a_dead_driver_left_half_committed_is_taken_back(
 ) -> None:
     writer = Writer(root, "r")
     unit(writer, "a", "b")
-    kind = type(writer._tables["clips"])
+    kind = type(writer.tables["clips"])
     commit = kind.commit
 
     def dies(table, operation, **properties):
@@ -222,7 +222,7 @@ def at_each_step(act: Callable[[int], None]) -> Iterator[None]:
 
         return call
 
-    table, optimizer = tables._Table, DatasetOptimizer
+    table, optimizer = tables.FencedTable, DatasetOptimizer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "commit", around(table.commit))
         patch.setattr(optimizer, "compact_files", around(optimizer.compact_files))
@@ -297,7 +297,7 @@ def test_a_driver_overtaken_while_it_opens_the_dataset_takes_nothing_back(tmp_pa
         first = Writer(root, "first")
         unit(first, "a")
         keyframes_of_a_dead_run = keyframes(root, "dead")
-        first._tables["keyframes"].commit(
+        first.tables["keyframes"].commit(
             lance.LanceOperation.Append(keyframes_of_a_dead_run), kind="rows"
         )
         done: list[int] = []
