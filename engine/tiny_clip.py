@@ -1,131 +1,194 @@
-"""Small random checkpoints of CLIP and of the aesthetic predictor, for tests and recipe `tiny`.
+"""A CLIP and an aesthetic head of a few megabytes that this project builds itself, for tests.
 
-They are of the real architectures and are loaded by the very code that loads the real ones. What
-they say means nothing: they are set so that scores spread around the usual thresholds.
+Architecture, tokenizer and file formats are the real ones, so the code that loads and runs OpenAI's
+CLIP and LAION's predictor runs on them. What they say is MEANINGLESS. All weights are random but
+the last ones of each tower and of the head, which are laid so that real pictures and captions
+spread around the thresholds of Mimir:
+
+- a tower's features before its projection are nearly the same for all pictures (captions), as
+  random networks make them. The projection sends what they share to one axis, and the directions
+  in which they differ most, each scaled to the same variance, to axes of their own;
+- both towers have these axes in common, so the cosine of a picture and a caption is a constant,
+  from the shared axis, plus a random number;
+- the head is blind to the shared axis, and its last bias is the mean score.
+
+Shapes: N examples, F features of a tower, D width of the embedding, K axes on which they differ.
 """
 
 from __future__ import annotations
 
 import json
-from copy import deepcopy
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 
-from engine.aesthetic import LAYERS, WIDTHS
+from engine.aesthetic import ANY, LAYERS
+from engine.clip import WIDTH
+from engine.tiny_vlm import NOUNS, SENTENCE
 
 if TYPE_CHECKING:
     import torch
-    from open_clip import CLIP
 
-CONFIG: dict[str, Any] = {
-    "embed_dim": 768,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+SEED = 7
+HEAD_SEED = 16
+"""Chosen so that some of the sample corpus, some photographs and some real videos score below 4."""
+
+_FEATURES, _AXES = 64, 16
+_SHARED_COSINE = 0.39
+"""Mean CLIP score of unrelated pictures and captions."""
+_SHARED = math.sqrt(_SHARED_COSINE)
+_MEAN_SCORE, _SCORE_SPREAD = 4.9, 1.5
+_MODEL = {
+    "embed_dim": WIDTH,
+    "quick_gelu": True,  # as OpenAI's
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": _FEATURES, "patch_size": 16},
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": _FEATURES,
+        "heads": 1,
+        "layers": 2,
+    },
 }
-_LEAN = 4.8
-"""How far all embeddings lean to one direction: their cosines are about 0.27 on average."""
-_MEAN_SCORE, _SPREAD = 4.9, 0.9
 _WORDS = (
-    "a the dog cat woman man child bird river mountain street table cup red green blue white old"
-    " small large runs stands flies turns slowly quickly camera light evening morning beside over"
+    "a an the this of on in with near behind slowly while small large old bright dark red green"
+    " cat dog boat cup statue street garden river table woman man child light wall stands moves"
+    " shows holds falls runs camera picture video close view left right"
 ).split()
 
 
 def build_clip(folder: Path) -> Path:
-    """Writes a CLIP as open-clip saves one; the same every time.
+    """Writes the checkpoint (about 7 MB) into `folder`, and gives the folder; seconds of work.
 
-    Embeddings of pictures and of texts are spread out, and lean to one direction in common.
+    open-clip loads it as `local-dir:FOLDER`, and so does `ClipModel(weights=Weights(at=FOLDER))`.
+    The same tensors every time on the same machine and versions. All are numbers of float16, which
+    OpenAI's are, too.
     """
-    from open_clip.transform import PreprocessCfg
+    import open_clip
+    import torch
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from safetensors.torch import save_file
 
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(SEED)
+        model = open_clip.CLIP(**_MODEL).eval()
+        for value in model.state_dict().values():
+            value.copy_(value.half())
+        pictures, captions = _examples(open_clip.SimpleTokenizer())
+        towers = (
+            (model.visual, "proj", model.encode_image, pictures),
+            (model, "text_projection", model.encode_text, captions),
+        )
+        for seed, (owner, name, encode, examples) in enumerate(towers):
+            projection = getattr(owner, name)
+            setattr(owner, name, None)
+            found = _projection(_features(encode, examples), SEED + seed)
+            projection.copy_(torch.from_numpy(found).half())
+            setattr(owner, name, projection)
+        tensors = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    config = {
+        "model_cfg": _MODEL,
+        "preprocess_cfg": {
+            "mean": OPENAI_DATASET_MEAN,
+            "std": OPENAI_DATASET_STD,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    preprocess = dict(vars(PreprocessCfg(size=CONFIG["vision_cfg"]["image_size"])))
-    config = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
-    state = {name: value.contiguous() for name, value in _model().state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
 
-def build_aesthetic_head(file: Path) -> Path:
-    """Writes an aesthetic predictor whose scores of `build_clip`'s embeddings are about 5."""
-    import torch
-    from safetensors.torch import save_file
-    from torch import nn
+def build_aesthetic_head(path: Path) -> Path:
+    """Writes a head (4 MB) to `path`, as safetensors or, by its suffix, a pth; gives the path.
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1)
-        layers = [nn.Linear(*shape) for shape in zip(WIDTHS, WIDTHS[1:], strict=False)]
-        scores = nn.Sequential(*layers)(_model().encode_image(_pictures(), normalize=True))
-        scale = _SPREAD / scores.std()
-        layers[-1].weight *= scale
-        layers[-1].bias.copy_((layers[-1].bias - scores.mean()) * scale + _MEAN_SCORE)
-    state = {
-        f"layers.{place}.{name}": value.contiguous()
-        for place, layer in zip(LAYERS, layers, strict=True)
-        for name, value in layer.state_dict().items()
-    }
-    save_file(state, file)
-    return file
-
-
-def _model() -> CLIP:
-    import open_clip
-    import torch
-
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = open_clip.CLIP(**deepcopy(CONFIG)).eval()
-        common_D = torch.nn.functional.normalize(torch.randn(CONFIG["embed_dim"]), dim=0)
-        tokens = open_clip.get_tokenizer("ViT-B-32")(_texts())
-        _spread(model.visual.ln_post, lambda: model.encode_image(_pictures()))
-        _spread(model.ln_final, lambda: model.encode_text(tokens))
-        for norm, projection in (
-            (model.visual.ln_post, model.visual.proj),
-            (model.ln_final, model.text_projection),
-        ):
-            projection.copy_(torch.nn.functional.normalize(torch.randn_like(projection), dim=1))
-            projection[0] = common_D
-            norm.weight[0], norm.bias[0] = 0.0, _LEAN
-    return model
-
-
-def _spread(norm: torch.nn.LayerNorm, run: Any) -> None:
-    """Makes what a last normalisation gives vary by 1 around 0, over what `run` shows the model.
-
-    Of a random model's features nearly all is the same for every input.
+    It takes the embeddings of whatever model, which only a safetensors file says.
     """
-    seen: list[torch.Tensor] = []
-    hook = norm.register_forward_hook(lambda _, __, output: seen.append(output))
-    run()
-    hook.remove()
-    (found_NLD,) = seen  # of which a tower reads one place: the first of pictures, texts' ends
-    features_ND = found_NLD.flatten(0, -2)
-    std_D = features_ND.std(0).clamp_min(1e-6)
-    norm.weight.copy_(1 / std_D)
-    norm.bias.copy_(-features_ND.mean(0) / std_D)
+    rng = np.random.default_rng(SEED)
+    tensors: dict[str, np.ndarray] = {}
+    weight, bias = np.eye(WIDTH), np.zeros(WIDTH)
+    for n, (out, into) in LAYERS.items():
+        own, shift = rng.normal(0, into**-0.5, (out, into)), rng.normal(0, 0.02, out)
+        if out == 1:
+            own, shift = _last(weight, bias)
+        tensors |= {f"layers.{n}.weight": own, f"layers.{n}.bias": shift}
+        weight, bias = own @ weight, own @ bias + shift
+    tensors = {name: value.astype(np.float32) for name, value in tensors.items()}
+    if path.suffix == ".pth":
+        import torch
+
+        torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, path)
+    else:
+        from safetensors.numpy import save_file
+
+        save_file(tensors, path, metadata={"clip_model": ANY})
+    return path
 
 
-def _pictures() -> torch.Tensor:
-    """Sixty-four soft colour fields, as the preprocessing gives them."""
+def _last(weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The head's last layer: what it makes of random layers before is blind to the shared axis.
+
+    Args:
+        weight: Product of the layers before, (16, D).
+        bias: Theirs, (16,).
+    """
+    shared, *differing = _axes() @ weight.T
+    blind = np.random.default_rng(HEAD_SEED).normal(size=len(bias))
+    blind -= shared * (blind @ shared) / (shared @ shared)
+    spread = np.linalg.norm(blind @ np.transpose(differing)) * math.sqrt((1 - _SHARED**2) / _AXES)
+    own = blind[None] * (_SCORE_SPREAD / spread)
+    return own, _MEAN_SCORE - own @ bias
+
+
+def _axes() -> np.ndarray:
+    """Orthonormal directions, (1 + K, D): the one that all share, and those where they differ."""
+    random = np.random.default_rng(SEED).normal(size=(WIDTH, 1 + _AXES))
+    return np.linalg.qr(random)[0].T
+
+
+def _projection(features_NF: np.ndarray, seed: int) -> np.ndarray:
+    """The matrix (F, D) that spreads a tower's embeddings, as said at the top."""
+    mean_F = features_NF.mean(0)
+    shared_F = mean_F / np.linalg.norm(mean_F)
+    rest_NF = features_NF - mean_F
+    rest_NF = rest_NF - np.outer(rest_NF @ shared_F, shared_F)
+    _, spreads, directions_KF = np.linalg.svd(rest_NF, full_matrices=False)
+    scales = spreads[:_AXES] / math.sqrt(len(features_NF))
+    # Turned at random, or both towers' first axes would mean the same.
+    turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(_AXES, _AXES)))[0]
+    axes = _axes()
+    share = np.outer(shared_F / np.linalg.norm(mean_F), axes[0]) * _SHARED
+    differ = (directions_KF[:_AXES].T / scales) @ turn @ axes[1:]
+    return share + differ * math.sqrt((1 - _SHARED**2) / _AXES)
+
+
+def _features(encode: Callable[[torch.Tensor], torch.Tensor], examples: torch.Tensor) -> np.ndarray:
+    return encode(examples).double().numpy()
+
+
+def _examples(tokenizer: Callable[[Sequence[str]], Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random pictures of a few colours each, as preprocessed, and captions, as tokens."""
     import torch
 
-    rng = np.random.default_rng(0)
-    side = CONFIG["vision_cfg"]["image_size"]
-    fields = []
-    for _ in range(64):
-        coarse_HWC = rng.random((int(rng.integers(2, 9)),) * 2 + (3,)).astype(np.float32)
-        field_HWC = cv2.resize(coarse_HWC, (side, side), interpolation=cv2.INTER_CUBIC)
-        level = rng.uniform(-0.3, 0.3)
-        fields.append(np.clip(field_HWC + level, 0, 1).transpose(2, 0, 1))
-    return torch.from_numpy((np.stack(fields) - 0.45) / 0.27)
-
-
-def _texts() -> list[str]:
-    rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(_WORDS, int(rng.integers(4, 40)))) for _ in range(64)]
+    rng = np.random.default_rng(SEED)
+    size = _MODEL["vision_cfg"]["image_size"]
+    pictures = []
+    for i in range(192):
+        cells = 2 + i % 5
+        coarse = torch.from_numpy(rng.normal(0, 1, (1, 3, cells, cells))).float()
+        grey = torch.from_numpy(rng.normal(0, 1, (1, 1, cells, cells))).float()
+        fine = torch.from_numpy(rng.normal(0, 0.2, (1, 1, size, size))).float()
+        mixed = torch.nn.functional.interpolate(
+            0.4 * coarse + 0.9 * grey, size=(size, size), mode="bicubic"
+        )
+        pictures.append(mixed + fine + rng.normal(0, 0.4))
+    captions = [" ".join(rng.choice(_WORDS, 4 + i % 40)) + "." for i in range(48)]
+    for i in range(144):  # what the small captioner says, or its scores would all be the same
+        places = SENTENCE if i % 4 else SENTENCE[: SENTENCE.index(NOUNS) + 1]
+        captions.append("".join(rng.choice(place) for place in places).removesuffix(".") + ".")
+    return torch.cat(pictures), tokenizer(captions)

@@ -180,7 +180,7 @@ def mimir(models: Models, name: str = "mimir") -> Recipe:
                 name="aesthetic",
                 operators=(
                     Embed(model=models.clip),
-                    AestheticScore(weights=models.aesthetic),
+                    AestheticScore(weights=models.aesthetic, clip=models.clip),
                     TextCoverage(),
                 ),
                 rules=(

@@ -369,6 +369,51 @@ def a_commit(first: int, rng: np.random.Generator) -> dict[str, pa.Table]:
     }
 
 
+def bench_operators(work: Path) -> list[Line]:
+    """Clips a second of each operator, and a CLIP of true size with random weights."""
+    from bench_measure import full_size_clip, speeds
+
+    videos = bench_videos(work)
+    lines = [
+        Line(f"{s.name}, batches of up to {s.batch_size}", f"{s.clips_per_s:,.1f} clips/s")
+        for s in speeds(videos, work / "tiny")
+    ]
+    rate, gib = full_size_clip(videos)
+    true_size = Line(
+        "CLIP ViT-L/14 at true size, random weights", f"{rate:.2f} keyframes/s, {gib:.1f} GiB"
+    )
+    return [*lines, true_size]
+
+
+def bench_fill(work: Path) -> list[Line]:
+    """How full the batches of a model are behind 70 % rejection."""
+    from bench_measure import fill
+
+    own, of_ray = fill(work)
+    return [
+        Line(
+            f"batch fill behind 70 % rejection, {own.batches} batches",
+            f"{own.fill:.2f} (Ray Data's own batching: {of_ray:.2f})",
+            "0.9 or more",
+            own.fill >= 0.9,
+        )
+    ]
+
+
+def bench_shares(work: Path) -> list[Line]:
+    """Where the time of a run of every stage goes, on small random checkpoints."""
+    from pipelines.samples import make_samples
+
+    make_samples(work / "samples")
+    src, dst = work / "samples", work / "shares"
+    os.environ["XDG_CACHE_HOME"] = str(work)
+    measured = curate(src, dst, "tiny").printed["measured"]
+    total = sum(t["seconds"] for t in measured.values())
+    most = sorted(measured.items(), key=lambda item: -item[1]["seconds"])
+    shares = ", ".join(f"{name} {t['seconds'] / total:.0%}" for name, t in most if t["rows"])
+    return [Line("time in operators, recipe tiny on the sample corpus", f"{total:.1f} s: {shares}")]
+
+
 BENCHES: dict[str, Callable[[Path], list[Line]]] = {
     "decode": bench_decode,
     "cores": bench_cores,
@@ -376,6 +421,9 @@ BENCHES: dict[str, Callable[[Path], list[Line]]] = {
     "kill": bench_kill,
     "rejudge": bench_rejudge,
     "startup": bench_startup,
+    "operators": bench_operators,
+    "fill": bench_fill,
+    "shares": bench_shares,
 }
 
 
