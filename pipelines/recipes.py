@@ -66,10 +66,16 @@ class Recipe:
         return dataclasses.replace(self, stages=stages)
 
     def check(self) -> None:
-        """Raises ValueError, with what to do, where a model that a run needs cannot be had."""
+        """Raises ValueError, with what to do, where models that a run needs cannot be had."""
         made = [s for name in self.makes for s in self.pairs[name].stages]
+        wrong: dict[str, None] = {}
         for operator in (o for s in (*self.stages, *made) for o in s.measures):
-            operator.check()
+            try:
+                operator.check()
+            except ValueError as error:
+                wrong[str(error)] = None
+        if wrong:
+            raise ValueError("; ".join(wrong))
 
     def describe(self) -> dict[str, Any]:
         """The whole recipe as JSON values, for the `runs` table."""

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "cluster": {"engine", "pipelines", "trainers", "evals"},
 }
 NAMELESS = {"util", "utils", "base", "common", "helpers", "misc", "manager"}
-HEAVY = {"torch", "torchvision", "transformers"}
+HEAVY = {"torch", "torchvision", "transformers", "open_clip"}
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:

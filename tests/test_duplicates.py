@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tracemalloc
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,6 +128,17 @@ def test_it_is_what_comparing_all_pairs_gives(bits: int) -> None:
     assert 10 < sum(f is not None for f in found) < 500
 
 
+def test_it_is_the_same_where_crowds_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.duplicates._LEAF", 4)
+    monkeypatch.setattr("engine.duplicates._SPARE", -10_000)  # always too many
+    for seed in range(3):
+        rows = crowd(300, seed)
+        assert settled(rows) == expected(rows, Distinct())
+        for row in rows:
+            row["phashes"] = [h & 0xFF for h in row["phashes"]]  # many matches for each
+        assert settled(rows) == expected(rows, Distinct())
+
+
 @pytest.mark.parametrize("bits", [3, 6, 9])
 def test_no_pair_within_the_bits_is_missed(bits: int) -> None:
     rng = np.random.default_rng(bits)
@@ -222,12 +234,18 @@ def test_what_was_not_measured_is_kept() -> None:
 
 
 @pytest.mark.parametrize("spread", [0, 2])
-def test_thousands_of_title_cards_take_no_time_and_leave_few(spread: int) -> None:
+def test_of_thousands_of_title_cards_one_stays_and_memory_is_bounded(spread: int) -> None:
     rng = np.random.default_rng(0)
     card = [flipped(0x0123_4567_89AB_CDEF, spread, rng) for _ in range(3 * 6000)]
     rows = [clip(f"{i:05}", *card[3 * i : 3 * i + 3]) for i in range(6000)]
     alone = clip("other", 0xFEDC_BA98_7654_3210, 0xFEDC_BA98_7654_3211, 0xFEDC_BA98_7654_3212)
-    assert settled([*rows, alone]) == [None, *["00000"] * 5999, None]
+    clips = table([*rows, alone])
+    tracemalloc.start()
+    found = settle(clips, Distinct())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.to_pylist() == [None, *["00000"] * 5999, None]
+    assert peak < 120e6  # all 18 million pairs are 144 MB, and twice that to sort
 
 
 def vectors(num: int, cosine: float, seed: int = 0) -> list[dict[str, Any]]:

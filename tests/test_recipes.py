@@ -82,7 +82,7 @@ def paper(
     ran = run_in_session(
         "curate", "mimir", "--src", samples, "--dst", dst, *flags(checkpoints), "--json"
     )
-    assert ran.code == 0, ran.stderr
+    assert ran.code == 0, ran.err
     return dst
 
 
@@ -131,10 +131,10 @@ def test_another_watermark_model_redoes_its_stage_and_what_follows_and_no_embedd
     (other / "config.json").write_text(json.dumps(config | {"note": "other weights"}))
     named = flags(checkpoints, **{"watermark-model": other})
     ran = run("curate", "mimir", "--src", samples, "--dst", dst, *named, "--json")
-    assert ran.code == 0, ran.stderr
-    found = ran.json()
+    assert ran.code == 0, ran.err
+    found = ran.json
     assert found["frames_decoded"] == 0
-    assert "measured again" in ran.stderr and "Watermark" in ran.stderr
+    assert "measured again" in ran.err and "Watermark" in ran.err
     measured = found["measured"]
     assert measured["Watermark"]["rows"] > 0 and measured["Caption"]["rows"] > 0
     for name in ("Embed", "AestheticScore", "TextCoverage"):
@@ -156,7 +156,7 @@ def test_recaption_makes_pairs_of_images(
     ran = run(
         "recaption", "--src", src, "--dst", dst, "--instruction", "dense", *flags(checkpoints)
     )
-    assert ran.code == 0, ran.stderr
+    assert ran.code == 0, ran.err
     pairs = rows(dst, "pairs")
     assert len(pairs) == 3 and {p["media"] for p in pairs} == {"image"}
     sources = Counter(p["original_source"] for p in pairs)
@@ -165,8 +165,8 @@ def test_recaption_makes_pairs_of_images(
 
     more = ("--instruction", "multi_scene", *flags(checkpoints), "--json")
     ran = run("recaption", "--src", dst, *more)
-    assert ran.code == 0, ran.stderr
-    assert sum(ran.json()["pairs"]["multi_scene"].values()) == 3
+    assert ran.code == 0, ran.err
+    assert sum(ran.json["pairs"]["multi_scene"].values()) == 3
     scenes = [p for p in rows(dst, "pairs") if p["instruction"] == "multi_scene"]
     for pair in scenes:
         assert pair["error_type"] == "WrongScenes" or pair["rephrased"].count("|") == 1
@@ -238,10 +238,10 @@ def test_what_cannot_be_is_one_line_before_any_work(
         "curate", *arguments, "--src", samples, "--dst", tmp_path / "set",
         env={"HF_HUB_CACHE": str(tmp_path / "hub")},
     )  # fmt: skip
-    assert ran.code == 2 and words in ran.stderr
-    lines = [line for line in ran.stderr.splitlines() if not line.startswith("recipe tiny")]
+    assert ran.code == 2 and words in ran.err
+    lines = [line for line in ran.err.splitlines() if not line.startswith("recipe tiny")]
     assert len([line for line in lines if line.startswith("error:")]) == 1
-    assert "Traceback" not in ran.stderr and not (tmp_path / "set" / "clips.lance").exists()
+    assert "Traceback" not in ran.err and not (tmp_path / "set" / "clips.lance").exists()
 
 
 def test_the_stages_that_need_no_model_are_the_same_values() -> None:

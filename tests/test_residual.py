@@ -116,12 +116,20 @@ def test_light_and_what_passes_by_make_no_cut(photos, name) -> None:
 
 def test_bars_and_a_logo_do_not_hide_a_cut(photos) -> None:
     images = still(photos["astronaut.png"], 2) + still(photos["coffee.png"], 2)
-    barred = [cv2.copyMakeBorder(i, 120, 120, 0, 0, cv2.BORDER_CONSTANT) for i in images]
+    barred = [cv2.copyMakeBorder(i, 500, 500, 0, 0, cv2.BORDER_CONSTANT) for i in images]
     logo = [i.copy() for i in images]
     for image in logo:
-        cv2.putText(image, "REELWRIGHT 24", (380, 340), 0, 0.9, (255, 255, 255), 3)
+        cv2.putText(image, "REELWRIGHT 24", (180, 320), 0, 1.6, (255, 255, 255), 4)
     assert score(barred) > 0.5
     assert score(logo) > 0.5
+
+
+@pytest.mark.parametrize("name", ["astronaut.png", "chelsea.png", "rocket.jpg"])
+def test_the_same_colours_do_not_hide_a_cut_from_what_holds_still(photos, name) -> None:
+    photo = photos[name]
+    after = still(np.ascontiguousarray(photo[::-1]), 3)
+    assert score(still(photo, 3) + after) > 0.5
+    assert score([view(photo, -0.5, 0.8), view(photo, 0.3, 0.8), *after]) > 0.5
 
 
 def test_too_little_to_tell_is_no_cut(photos) -> None:
