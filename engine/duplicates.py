@@ -20,6 +20,8 @@ from engine.phash import FLAT
 
 _LEAF = 256
 """So few clips are compared with each other whatever it takes."""
+_SPARE = 2**21
+"""Pairs compared at once, beside eight a clip."""
 _CHUNK = 2**18
 _VECTORS = 2048
 _ROUNDING = 1e-9
@@ -70,9 +72,10 @@ def settle(clips: pa.Table, distinct: Distinct) -> pa.Array:
     but the share that `engine.nearest.Hyperplanes` states, and those that it misses it misses
     again. What has no hash or no embedding is no duplicate by it.
 
-    A million clips with five hashes each take some 20 s and 1.5 GB; embeddings of 768 numbers about
-    a minute more, and memory for two copies of them at worst. Time grows with the square of the
-    clips that share a picture (an intro) and are otherwise different.
+    A million clips with five hashes each take about 35 s of one core and 1 GB, and two minutes
+    where a fifth of them are one title card. Embeddings need memory for two copies of them, and
+    time that depends on how alike they are. Time grows with the square of the clips that share a
+    picture (an intro) and are otherwise different; memory does not.
 
     Args:
         clips: What would be kept otherwise, with `distinct.columns`; clip_ids are unique.
@@ -122,7 +125,7 @@ class _Settling:
 
     def kept(self, rows: np.ndarray) -> np.ndarray:
         """Those that stay of ascending `rows`, none of which matches a clip kept before them."""
-        budget = math.inf if len(rows) <= _LEAF else 8 * len(rows) + 2**21
+        budget = math.inf if len(rows) <= _LEAF else 8 * len(rows) + _SPARE
         try:
             found = [_packed(*pair) for test in self._tests for pair in test.within(rows, budget)]
         except TooManyError:

@@ -35,7 +35,6 @@ _COLOURS = (0.08, 0.24)
 _LAYOUT = (0.7, 0.97)
 _OTHER_LAYOUT = (0.4, 0.8)
 _DETAILS = (3, 8)
-_STILL_DETAILS = (5, 10)
 _MIXED = (0.6, 0.8)
 
 
@@ -155,18 +154,15 @@ class _Pairs:
         """How surely the camera rests from one to the other."""
         layout = self._layout(i, k)
         sure = _ramp(layout, 0.5, 0.8)
-        return sure and sure * max(_ramp(layout, 0.75, 0.92), _ramp(self._details(i, k)[0], 6, 12))
+        return sure and sure * max(_ramp(layout, 0.75, 0.92), _ramp(self._details(i, k), 6, 12))
 
     def _kept(self, i: int, k: int) -> float:
-        cells, at_rest = self._details(i, k)
-        # A few details that stay in place while the picture changes are a logo or a subtitle.
-        drawn = at_rest and self._layout(i, k) < 0.8
-        return _ramp(cells, *(_STILL_DETAILS if drawn else _DETAILS))
+        return _ramp(self._details(i, k), *_DETAILS)
 
     def _layout_of(self, i: int, k: int) -> float:
         return float((self._looks[i].layout * self._looks[k].layout).sum())
 
-    def _details_of(self, i: int, k: int) -> tuple[int, bool]:
+    def _details_of(self, i: int, k: int) -> int:
         return _kept_details(self._looks[i], self._looks[k])
 
 
@@ -239,31 +235,29 @@ def _orb() -> cv2.ORB:
     return cv2.ORB_create(300, 1.3, 5, edgeThreshold=15, patchSize=31, fastThreshold=7)
 
 
-def _kept_details(a: Look, b: Look) -> tuple[int, bool]:
-    """Cells (of 24) of `a` with features found in `b`, and if they rest there.
+def _kept_details(a: Look, b: Look) -> int:
+    """Cells (of 24) of `a` with features found in `b`.
 
     They must agree on one similarity transform (RANSAC, whose draws are the same every time).
     """
     (places, ours), (others, theirs) = a.details, b.details
     if ours is None or theirs is None or min(len(ours), len(theirs)) < 5:
-        return 0, False
+        return 0
     found = cv2.BFMatcher(cv2.NORM_HAMMING).knnMatch(ours, theirs, 2)
     good = [(m.queryIdx, m.trainIdx) for m, second in found if m.distance < 0.8 * second.distance]
     if len(good) < 7:
-        return 0, False
+        return 0
     mine, their = (list(side) for side in zip(*good, strict=True))
     source, target = places[mine], others[their]
     moved, fits = cv2.estimateAffinePartial2D(
         source, target, method=cv2.RANSAC, ransacReprojThreshold=6, maxIters=300
     )
     if moved is None or fits.sum() < 7:  # six fit by chance
-        return 0, False
+        return 0
     if not 1 / _ZOOM <= np.hypot(*moved[:, 0]) <= _ZOOM:  # to one spot, anything fits
-        return 0, False
-    source, target = source[fits.ravel() > 0], target[fits.ravel() > 0]
-    cells = (source * np.array(_CELLS) / a.size).astype(int)
-    distance_px = np.median(np.abs(source - target).max(1))
-    return len(np.unique(cells, axis=0)), bool(distance_px < 2)
+        return 0
+    cells = source[fits.ravel() > 0] * np.array(_CELLS) / a.size
+    return len(np.unique(cells.astype(int), axis=0))
 
 
 def _mixed(middle: Look, a: Look, b: Look) -> float:

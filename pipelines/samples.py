@@ -55,7 +55,7 @@ class Sample:
     num_frames: int = 0
     """Frames that a decoder gives; 0 for what is not decoded, and for images."""
     overlay: str | None = None
-    """What is drawn over the scene: watermark or subtitle. `classic` keeps both."""
+    """What is drawn over the scene: watermark or subtitle."""
     media: str = "video"
     """video or image, as its name says."""
 
@@ -434,7 +434,7 @@ _CORPUS: tuple[tuple[Sample, Make], ...] = (
         Sample(
             "watermarked.mp4",
             "done",
-            (KEPT,),
+            (_rejected("overlay_score>0.5"),),
             "a half transparent text in the corner of a pan",
             num_frames=96,
             overlay="watermark",
@@ -449,7 +449,7 @@ _CORPUS: tuple[tuple[Sample, Make], ...] = (
         Sample(
             "subtitled.mp4",
             "done",
-            (KEPT,),
+            (_rejected("overlay_score>0.5"),),
             "a pan with three subtitles, one after the other",
             num_frames=120,
             overlay="subtitle",
@@ -499,7 +499,7 @@ _CORPUS: tuple[tuple[Sample, Make], ...] = (
         Sample(
             "fades.mp4",
             "done",
-            (KEPT, KEPT),
+            (KEPT, _rejected("residual_cut_score>0.5")),
             "a hard cut, then a fade through black, which AdaptiveDetector takes for one shot",
             cuts=(72,),
             num_frames=216,

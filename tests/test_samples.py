@@ -36,6 +36,8 @@ RULES = (
     ("black_frame_frac>0.4", lambda c: c.black_frames > 0.4),
 )
 """Mimir's basic and quality filtration as `classic` words it: the first that fits is the reason."""
+LATER = {"overlay_score>0.5", "residual_cut_score>0.5"}
+"""Reasons of the stages that follow: their detectors have tests of their own."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,10 @@ def test_label_is_the_first_rule_that_fits(
 ) -> None:
     clip = _clip(sample, number, seen[sample.name])
     reason = next((reason for reason, fits in RULES if fits(clip)), None)
-    assert (("rejected" if reason else "kept"), reason) == sample.clips[number], clip
+    state, expected = sample.clips[number]
+    if expected in LATER:
+        state, expected = "kept", None
+    assert (("rejected" if reason else "kept"), reason) == (state, expected), clip
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_label_of_an_image_is_far_from_the_first_rule_that_fits(
 
 def test_every_rule_and_every_state_has_a_sample() -> None:
     reasons = {reason for s in SAMPLES for state, reason in s.clips if state == "rejected"}
-    assert reasons == {reason for reason, _ in RULES}
+    assert reasons == {reason for reason, _ in RULES} | LATER
     assert {s.source for s in SAMPLES} == {"done", "failed", "duplicate", "ignored"}
     assert {s.overlay for s in SAMPLES} == {"watermark", "subtitle", None}
     assert len({s.name for s in SAMPLES}) == len(SAMPLES)
