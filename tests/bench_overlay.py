@@ -71,7 +71,12 @@ class Clip:
 
     @property
     def changes(self) -> bool:
-        """A third of the picture changes from each keyframe to the next, in most of them."""
+        """A third of the picture changes from each keyframe to the next, in most of them.
+
+        False for pictures that are too small to carry an overlay that one could see.
+        """
+        if min(_grey(self.jpegs[0]).shape) < 48:
+            return False
         small = [
             cv2.resize(_grey(j), (64, 36), interpolation=cv2.INTER_AREA).astype(np.float32)
             for j in self.jpegs
@@ -127,10 +132,16 @@ def scores(operator: Operator, clips: Sequence[Sequence[bytes]]) -> list[float]:
     return found
 
 
-def recall(clips: Sequence[Clip], kind: str, bound: float = 0.5) -> Rate:
+def recall(clips: Sequence[Clip], kind: str) -> Rate:
     """Clips found to have an overlay once they have been given one of this kind."""
+    return Rate(len(clips) - len(missed(clips, kind)), len(clips))
+
+
+def missed(clips: Sequence[Clip], kind: str) -> list[str]:
+    """Files of the clips that are not found to have an overlay of this kind."""
     laid = [composite(clip.jpegs, kind, f"{clip.file} {i}") for i, clip in enumerate(clips)]
-    return Rate(sum(s > bound for s in scores(StaticOverlay(), laid)), len(laid))
+    found = scores(StaticOverlay(), laid)
+    return [clip.file for clip, value in zip(clips, found, strict=True) if value <= 0.5]
 
 
 def files_over(clips: Sequence[Clip], found: Sequence[float], bound: float) -> list[str]:
@@ -154,6 +165,7 @@ def overlay_table(clips: Sequence[Clip]) -> Iterator[str]:
     yield "|---" * (1 + len(groups)) + "|"
     for kind in KINDS[1:]:
         yield f"| {kind} | {' | '.join(str(recall(g, kind)) for g in groups.values())} |"
+    yield f"\nOpaque and missed although the camera moves: {', '.join(missed(moving, 'opaque'))}"
     for name, some in (
         ("Samples without an overlay, flagged", [c for c in free if not c.real]),
         ("Real files without an overlay, flagged", [c for c in free if c.real]),

@@ -198,13 +198,17 @@ class Driver:
 
 
 def processes(kind: str) -> list[psutil.Process]:
-    """Actors that read, or their sandboxed children, of this session's cluster."""
+    """Actors that read or that measure, or sandboxed children, of this session's cluster."""
+    words = {
+        "actor": ("ray::", "Reader"),
+        "gauge": ("ray::", "Gauge"),
+        "child": ("", "engine.sandbox"),
+    }
+    begins, holds = words[kind]
     found = []
     for one in psutil.process_iter(["name", "cmdline"]):
         line = " ".join(one.info["cmdline"] or [])
-        if (kind == "actor" and line.startswith("ray::") and "Reader" in line) or (
-            kind == "child" and "engine.sandbox" in line
-        ):
+        if line.startswith(begins) and holds in line:
             found.append(one)
     return found
 

@@ -62,7 +62,8 @@ def test_the_json_is_one_line_with_the_stated_keys_and_adds_up(finished: dict) -
     printed = finished["printed"]
     assert len(finished["lines"]) == 1
     assert list(printed) == [
-        "dataset", "run_id", "sources", "clips", "reasons", "frames_decoded", "seconds"
+        "dataset", "run_id", "sources", "clips", "reasons", "frames_decoded", "seconds",
+        "measured",
     ]  # fmt: skip
     sources, clips = printed["sources"], printed["clips"]
     assert list(sources) == ["total", "done", "failed", "duplicate", "ignored"]
@@ -226,6 +227,7 @@ def test_a_looser_threshold_makes_pending_and_the_next_run_measures_just_these(
     pending = changed.json["clips"]["pending"]
     assert pending > 0 and changed.json["clips"]["total"] == len(rows(dataset, "clips"))
     waiting = {r["source_uri"] for r in rows(dataset, "clips") if r["state"] == "pending"}
+    waiting &= {r["uri"] for r in rows(dataset, "sources") if not r["scanned"]}
     result = curate(samples, dataset, bounds=("num_frames.lo=10",))
     assert result.accounts.clips["pending"] == 0 and result.accounts.faults == ()
     read_again = [r for r in rows(dataset, "sources", without=()) if r["uri"] in waiting]

@@ -64,7 +64,7 @@ def test_a_kill_at_a_random_moment_costs_nothing_that_was_committed(
     tmp_path: Path,
 ) -> None:
     chance = random.Random(seed)
-    kind, root = ("driver", "actor", "child")[seed % 3], tmp_path / "set"
+    kind, root = ("driver", "actor", "child", "gauge")[seed % 4], tmp_path / "set"
     driver = Driver(cluster, source, root)
     if kind == "driver":
         time.sleep(chance.uniform(1, 8))
@@ -100,14 +100,14 @@ def test_a_stopped_driver_that_was_replaced_wakes_up_and_adds_no_row(
     else:
         root = str(tmp_path / "set")
     # one worker: what it holds of the cluster it keeps while it is stopped
-    asleep = Driver(cluster, source, root, "--lease-expiry-s", 2, "--workers", 1)
+    asleep = Driver(cluster, source, root, "--lease-expiry-s", 6, "--workers", 1)
     deadline = time.monotonic() + 60
     while not committed(root)[1]:  # frames: copies are committed before there are workers
         assert time.monotonic() < deadline and asleep.process.poll() is None, asleep.end()
         time.sleep(0.05)
     asleep.process.send_signal(signal.SIGSTOP)
     refused = Driver(cluster, source, root).end()
-    time.sleep(2.5)
+    time.sleep(6.5)
     awake = Driver(cluster, source, root).end()
     asleep.process.send_signal(signal.SIGCONT)
     woken = asleep.end()
@@ -133,8 +133,7 @@ def test_ctrl_c_commits_what_is_done_and_says_how_to_go_on(
     assert stopped.code == 130, stopped.err
     assert "run the same command again" in stopped.err
     assert "Traceback" not in stopped.err
-    printed = stopped.json
-    assert printed["clips"]["pending"] == 0
+    assert stopped.json["clips"]["total"] == len(rows(root, "clips"))
     done = Driver(cluster, source, root).end()
     assert done.code == 0, done.err
     assert {table: rows(root, table) for table in TABLES} == undisturbed
