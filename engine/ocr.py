@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -49,6 +50,12 @@ class TextCoverage(Operator):
     text by mistake is mostly a round thing that fills the picture, such as a cup from above."""
 
     batch_size: int = resource(8)
+
+    def check(self) -> None:
+        """RapidOCR and the engine that runs its models are installed."""
+        lacking = [n for n in ("rapidocr", "onnxruntime") if importlib.util.find_spec(n) is None]
+        if lacking:
+            raise ValueError(f"OCR coverage needs them: pip install {' '.join(lacking)}")
 
     def load(self) -> Callable[[pa.Table], pa.Table]:
         """Loads the detection model, on one core."""
