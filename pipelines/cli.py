@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -96,13 +97,19 @@ def recipe_with(name: str, flags: ModelFlags, *, models_like: str | None = None)
         flags: What differs from its models.
         models_like: Another recipe, whose models it takes in place of its own.
     """
-    from pipelines.models import make_tiny, with_flags
-
     given = [f for f in dataclasses.fields(ModelFlags) if getattr(flags, f.name) != f.default]
     if name not in WITH_MODELS:
         if given:
             fail(f"--{given[0].name.replace('_', '-')}: recipe {name!r} loads no model")
         return recipe_named(name)
+    lacking = [m for m in ("open_clip", "torch", "transformers") if not find_spec(m)]
+    if lacking:
+        fail(
+            f"recipe {name!r} needs {', '.join(lacking)}: make setup, or"
+            " pip install -c constraints.txt '.[models]'"
+        )
+    from pipelines.models import make_tiny, with_flags
+
     try:
         models = with_flags(models_of(models_like or name), flags)
     except ValueError as error:
