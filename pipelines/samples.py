@@ -116,13 +116,14 @@ def _photo(name: str, width: int) -> Frame:
         raise ModuleNotFoundError(
             "the sample corpus needs scikit-image: pip install 'reelwright[demo]'", name="skimage"
         ) from error
-    with importlib.resources.as_file(package / "data" / name) as path:
-        photo = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if photo is None:
+    try:
+        with importlib.resources.as_file(package / "data" / name) as path, Image.open(path) as read:
+            photo = np.ascontiguousarray(np.asarray(read.convert("RGB"))[..., ::-1])
+    except FileNotFoundError:
         raise FileNotFoundError(
             f"the sample corpus needs the photograph data/{name} of scikit-image, which this "
             "version does not carry: pip install 'reelwright[demo]'"
-        )
+        ) from None
     height = round(photo.shape[0] * width / photo.shape[1])
     shrinks = width < photo.shape[1]
     return cv2.resize(
