@@ -61,13 +61,18 @@ class Gauge:
         Raises:
             Unloadable: The operator's `load` failed.
         """
-        if "keyframes" in rows.column_names:
-            rows = self._with_pictures(rows, version)
-        with self._lock:
-            function = self._function(operator)
-            started = time.perf_counter()
-            found = attempt(function, operator, rows)
-            seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        try:
+            if "keyframes" in rows.column_names:
+                rows = self._with_pictures(rows, version)
+        except OSError as error:
+            found = results(operator.writes, [_failure(error)] * rows.num_rows)
+        else:
+            with self._lock:
+                function = self._function(operator)
+                started = time.perf_counter()
+                found = attempt(function, operator, rows)
+        seconds = time.perf_counter() - started
         return Measured(table=found.add_column(0, rows.field(0), rows.column(0)), seconds=seconds)
 
     def _function(self, operator: Operator) -> Callable[[pa.Table], pa.Table]:

@@ -29,7 +29,7 @@ from engine.gauge import ADDRESSES, Gauge, Measured, Unloadable
 from engine.judge import columns_read, judge, waiting_for
 from engine.operator import FAILURE, Operator, Stage
 from engine.schema import TABLES
-from engine.tables import KEYS, Writer
+from engine.tables import KEPT_VERSIONS, KEYS, Writer
 
 WINDOW = 8_192
 """Rows in hand at most, without those that only wait for their commit."""
@@ -162,6 +162,8 @@ class Measuring:
             return
         self._collect(wait_s)
         self._refill()
+        if self._writer.table("keyframes").version > self._keyframes_version + KEPT_VERSIONS // 2:
+            self._pictures_of(())  # before the version that the rows in hand point to is forgotten
         self._dispatch()
         if self._results and time.monotonic() - self._committed_at > self._every_s:
             self.commit()
@@ -276,9 +278,13 @@ class Measuring:
         """
         table = self._writer.table("keyframes")
         asked = set(clip_ids)
+        in_hand = []
         if table.version != self._keyframes_version:
             self._keyframes_version = table.version
-            asked |= {row["clip_id"] for row in self._rows.values()}
+            in_hand = list(self._rows.values())
+            asked |= {row["clip_id"] for row in in_hand}
+        if not asked:
+            return {}
         quoted = ", ".join(f"'{i}'" for i in asked)
         found = table.to_table(
             columns=["clip_id", "time_s"],
@@ -289,9 +295,8 @@ class Measuring:
         columns = (found[c].to_pylist() for c in ("clip_id", "time_s", "_rowaddr"))
         for clip_id, time_s, address in zip(*columns, strict=True):
             by_clip.setdefault(clip_id, []).append({"time_s": time_s, "address": address})
-        for row in self._rows.values():
-            if row["clip_id"] in by_clip:
-                row["keyframes"] = by_clip[row["clip_id"]]
+        for row in in_hand:  # of a clip that was replaced there are none any more
+            row["keyframes"] = by_clip.get(row["clip_id"], [])
         return by_clip
 
     def _take_in(self, rows: pa.Table) -> None:

@@ -272,6 +272,25 @@ def mean_kept_s(root: str) -> float | None:
     return pc.mean(kept["duration_s"]).as_py()
 
 
+def pair_counts(root: str) -> dict[str, dict[str, int]]:
+    """By instruction, how many pairs are kept, rejected (by reason) or in another state."""
+    if "pairs.lance" not in storage.names_in(root):
+        return {}  # a dataset of an earlier version
+    table = read(root, "pairs").to_table(columns=["instruction", "state", "reason"])
+    counts: dict[str, dict[str, int]] = {}
+    for row in table.group_by(table.column_names).aggregate([([], "count_all")]).to_pylist():
+        of = counts.setdefault(row["instruction"], {})
+        of[row["reason"] or row["state"]] = row["count_all"]
+    return {name: dict(sorted(c.items(), key=lambda i: -i[1])) for name, c in counts.items()}
+
+
+def show_pairs(root: str) -> None:
+    """A line for the pairs of each instruction."""
+    for name, counts in pair_counts(root).items():
+        words = ", ".join(f"{n:,} {what}" for what, n in counts.items())
+        out.print(f"pairs, {name}: {words}", highlight=False)
+
+
 def show_failures(root: str, at_most: int = 10) -> None:
     """The sources that could not be read, with the reason."""
     failed = read(root, "sources").to_table(columns=["uri", "error"], filter="state = 'failed'")

@@ -179,6 +179,7 @@ def show(result: Result, recipe: Recipe, *, as_json: bool) -> None:
     else:
         rate = result.frames_decoded / max(result.seconds, 1e-9)
         cli.out.print(cli.funnel(accounts, recipe.stages, cli.mean_kept_s(result.root)))
+        cli.show_pairs(result.root)
         cli.show_failures(result.root)
         cli.out.print(
             f"{result.seconds:.1f} s, {result.frames_decoded:,} frames, {rate:.0f} frames/s",

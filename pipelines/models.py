@@ -43,9 +43,7 @@ PAPER = Models(
 SMALL = dataclasses.replace(
     PAPER,
     watermark=Weights(at="Qwen/Qwen2-VL-2B-Instruct"),
-    captioner=TransformersChat(
-        weights=Weights(at="HuggingFaceTB/SmolVLM2-500M-Video-Instruct")
-    ),
+    captioner=TransformersChat(weights=Weights(at="HuggingFaceTB/SmolVLM2-500M-Video-Instruct")),
 )
 """Models that fit a laptop: together 3.1 billion parameters, 12 GiB in fp32."""
 

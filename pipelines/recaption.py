@@ -21,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import tyro
 
 from engine import storage
@@ -30,7 +28,7 @@ from engine.curation import Curation, Options, Result
 from engine.gauge import Unloadable
 from engine.session import connected
 from engine.sources import Listing, list_sources
-from engine.tables import DatasetError, LeaseLost, create, identity, read
+from engine.tables import DatasetError, LeaseLost, create, identity
 from pipelines import cli
 from pipelines.curate import end, exit_code
 from pipelines.flags import ModelFlags
@@ -121,26 +119,15 @@ def _target(args: Args) -> tuple[str, Listing | None, str]:
 
 def show(result: Result, recipe: Recipe, *, as_json: bool) -> None:
     """The counts of the pairs, by instruction."""
-    table = read(result.root, "pairs").to_table(columns=["instruction", "state", "reason"])
-    counts = {
-        name: _counts(table.filter(pc.equal(table["instruction"], name))) for name in recipe.makes
-    }
+    counts = cli.pair_counts(result.root)
     if as_json:
-        about = {"dataset": result.root, "run_id": result.run_id, "pairs": counts}
-        cli.print_json(about | {"seconds": round(result.seconds, 3)})
+        about = {"dataset": result.root, "run_id": result.run_id}
+        made = {"pairs": {name: counts.get(name, {}) for name in recipe.makes}}
+        cli.print_json(about | made | {"seconds": round(result.seconds, 3)})
         return
-    for name, found in counts.items():
-        words = ", ".join(f"{n:,} {what}" for what, n in found.items())
-        cli.out.print(f"{name}: {words or 'none'}", highlight=False)
+    cli.show_pairs(result.root)
     cli.out.print(f"{result.seconds:.1f} s", highlight=False)
     cli.out.print(f"dataset: {result.root}", highlight=False, soft_wrap=True)
-
-
-def _counts(pairs: pa.Table) -> dict[str, int]:
-    found = {}
-    for row in pairs.group_by(["state", "reason"]).aggregate([([], "count_all")]).to_pylist():
-        found[row["reason"] or row["state"]] = row["count_all"]
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 if __name__ == "__main__":

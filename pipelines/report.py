@@ -63,6 +63,7 @@ def main() -> int:
                 cli.print_json({"dataset": root, "recipe": recipe.name} | accounts.as_dict())
             else:
                 cli.out.print(cli.funnel(accounts, recipe.stages, cli.mean_kept_s(root)))
+                cli.show_pairs(root)
                 cli.show_failures(root)
     except (DatasetError, ValueError) as error:
         cli.fail(str(error))

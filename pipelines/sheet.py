@@ -44,8 +44,10 @@ def contact_sheet(root: str, path: Path, *, rows_each: int = 2) -> int:
     lines = [_line(cells[i : i + COLUMNS]) for i in range(0, len(kept), COLUMNS)]
     below = cells[len(kept) :]
     lines += [_line(below[i : i + COLUMNS]) for i in range(0, len(below), COLUMNS)]
+    is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
     try:
-        written = cv2.imwrite(str(path), np.vstack(lines), [cv2.IMWRITE_JPEG_QUALITY, 80])
+        how = [cv2.IMWRITE_JPEG_QUALITY, 80] if is_jpeg else []
+        written = cv2.imwrite(str(path), np.vstack(lines), how)
     except cv2.error as error:
         raise ValueError(f"{path}: name a file that ends in .jpg or .png") from error
     if not written:
