@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import tyro
 from rich.table import Table
 
+from engine import storage
 from engine.accounts import balance
 from engine.tables import DatasetError, identity, read
 from pipelines import cli
@@ -89,7 +90,12 @@ def clip_record(root: str, clip_id: str) -> dict[str, Any]:
         columns=["frame", "time_s", "width_px", "height_px"],
         filter=f"clip_id = '{clip['clip_id']}'",
     )
+    of = f"clip_id = '{clip['clip_id']}'"
+    has_pairs = "pairs.lance" in storage.names_in(root)
+    texts = ["instruction", "original", "original_source", "rephrased", "state", "reason"]
+    pairs = read(root, "pairs").to_table(columns=texts, filter=of).to_pylist() if has_pairs else []
     return clip | {
+        "pairs": pairs,
         "source": source,
         "keyframes": keyframes.sort_by("time_s").to_pylist(),
     }
@@ -124,13 +130,17 @@ def _show(record: dict[str, Any], *, as_json: bool) -> None:
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in record.items():
-        if name not in ("source", "keyframes") and value is not None:
+        if name not in ("source", "keyframes", "pairs") and value is not None:
             table.add_row(name, _plain(value))
     for name, value in record["source"].items():
         if value is not None and name not in ("source_id", "uri"):
             table.add_row(f"source.{name}", _plain(value))
     times = ", ".join(f"{k['time_s']:.2f}" for k in record["keyframes"])
     table.add_row("keyframes", f"{len(record['keyframes'])} at {times} s")
+    for pair in record["pairs"]:
+        verdict = pair["reason"] or pair["state"]
+        table.add_row(f"pair, {pair['instruction']}", f"{pair['original']} ({verdict})")
+        table.add_row("", pair["rephrased"] or "")
     unmeasured = [n for n, v in record.items() if v is None]
     table.add_row("[dim]null", f"[dim]{', '.join(unmeasured)}")
     cli.out.print(table)
@@ -149,6 +159,8 @@ def _show_near(rows: pa.Table, *, as_json: bool) -> None:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return f"{len(value)} numbers, from {', '.join(_plain(v) for v in value[:3])} …"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
