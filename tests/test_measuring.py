@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -292,3 +295,43 @@ def test_in_a_stage_only_who_reads_what_changed_is_redone(log: Path) -> None:
     one, other = key_of(10.0), key_of(5.0)
     assert one["overlay_score"] == other["overlay_score"]
     assert one["watermark_score"] != other["watermark_score"]
+
+
+SHARED_GPU = """
+import sys
+sys.path[:0] = {path!r}
+import numpy as np, ray, ray.cloudpickle
+import bench_measure as b
+from engine.measuring import Measuring
+from engine.operator import Rule, Stage
+from engine.tables import Writer, create
+
+ray.cloudpickle.register_pickle_by_value(b)
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+create({root!r}, "bench")
+writer = Writer({root!r}, "bench")
+b.ROWS = 300
+writer.commit(sources=b._sources(), clips=b._clips(np.linspace(0, 1, 300)))
+stages = (
+    Stage(name="a", operators=(b.Draw(batch_size=64, num_gpus=0.5),),
+          rules=(Rule(column="aesthetic_score", lo=0.5),)),
+    Stage(name="b", operators=(b.Model(batch_size=64, num_gpus=1.0),)),
+)
+measuring = Measuring(writer, stages, connect=lambda: None, aws={{}})
+measuring.drain(lambda: None)
+print(measuring.tallies["Draw"].rows, measuring.tallies["Model"].rows)
+"""
+
+
+@pytest.mark.slow
+def test_operators_that_need_a_whole_gpu_each_take_turns_on_the_only_one(tmp_path: Path) -> None:
+    """Ray counts a GPU that is not there; nothing runs on it. Without turns this never ends."""
+    root, path = str(tmp_path / "set"), [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED_GPU.format(path=path, root=root)],
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["300", "150"], done.stderr[-2000:]
