@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,7 +39,7 @@ POSITIVE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(ModelFlags):
+class Args:
     """Curates videos and images into a Lance dataset."""
 
     recipe: tyro.conf.Positional[str] = "classic"
@@ -84,6 +84,8 @@ class Args(ModelFlags):
     """Silence after which another machine may take this dataset over."""
     json: bool = False
     """One JSON object on standard output, and nothing else."""
+    model: tyro.conf.OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
+    """Models in place of the recipe's own."""
 
 
 def main() -> int:
@@ -130,7 +132,7 @@ def resolve(args: Args) -> Recipe:
     if args.workers is not None and args.workers < 1:
         cli.fail(f"--workers {args.workers}: must be 1 or more")
     scan = {n: getattr(args, n) for n in ("shots", "clip_seconds", "max_shot_s")}
-    recipe = cli.recipe_with(args.recipe, args)
+    recipe = cli.recipe_with(args.recipe, args.model)
     recipe = recipe.with_scan(**{n: value for n, value in scan.items() if value is not None})
     recipe = recipe.with_caption_frames(args.caption_frames)
     recipe = cli.with_pairs(recipe, args.instruction, args.language)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,7 +37,7 @@ from pipelines.versions import provenance
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(ModelFlags):
+class Args:
     """Makes RISE-T2V's training pairs."""
 
     src: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")]
@@ -60,6 +60,8 @@ class Args(ModelFlags):
     """Silence after which another machine may take this dataset over."""
     json: bool = False
     """One JSON object on standard output, and nothing else."""
+    model: tyro.conf.OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
+    """Models in place of the recipe's own."""
 
 
 def main() -> int:
@@ -69,7 +71,9 @@ def main() -> int:
     try:
         dst, listing, name = _target(args)
         recipe = cli.with_pairs(
-            cli.recipe_with(name, args, models_like=args.models), args.instruction, args.language
+            cli.recipe_with(name, args.model, models_like=args.models),
+            args.instruction,
+            args.language,
         )
         recipe.check()
         if listing is not None:
