@@ -180,7 +180,7 @@ def test_metadata_agrees_with_ffprobe_on_what_both_read(real: dict) -> None:
 def test_rows_of_the_real_videos_are_whole(real: dict) -> None:
     clips = read(real["root"], "clips").to_table().to_pylist()
     for clip in clips:
-        assert clip["state"] in ("kept", "rejected"), clip
+        assert clip["state"] in ("kept", "rejected", "duplicate"), clip
         if clip["brightness"] is not None:
             assert 0 <= clip["brightness"] <= 1 and 0 <= clip["black_area_frac"] <= 1
             assert 0 <= clip["black_frame_frac"] <= 1 and clip["num_frames"] > 0
