@@ -301,8 +301,6 @@ def test_what_is_asked_is_known_by_model_and_not_by_place() -> None:
 
 @pytest.mark.slow
 def test_a_real_model_behind_transformers_serve(tmp_path: Path) -> None:
-    pytest.importorskip("fastapi")
-    pytest.importorskip("openai")
     from engine.tiny_vlm import build_qwen2_vl
 
     folder = build_qwen2_vl(tmp_path / "vlm")
