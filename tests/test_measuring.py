@@ -307,7 +307,7 @@ from engine.operator import Rule, Stage
 from engine.tables import Writer, create
 
 ray.cloudpickle.register_pickle_by_value(b)
-ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
 create({root!r}, "bench")
 writer = Writer({root!r}, "bench")
 b.ROWS = 300
