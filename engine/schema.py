@@ -185,6 +185,23 @@ CUTS = pa.schema(
     ]
 )
 
+FEATURES = pa.schema(
+    [
+        field("feature_id", _text, "uuid5 of subject_id, kind, place and fingerprint"),
+        field("subject_id", _text, "clip_id or pair_id that it was computed from"),
+        field("kind", _text, "what it is: latents, tokens, states …"),
+        field("place", _text, "of frames: bucket, frame rate and variant; '' for texts"),
+        field("fingerprint", _text, "of the encoder"),
+        field("dtype", _text, "of the tensor, as torch names it: float32, bfloat16, int32 …"),
+        field("shape", pa.list_(pa.int32()), "of the tensor"),
+        field("data", pa.large_binary(), "the tensor's bytes, row-major, little-endian"),
+        field("error_type", _text, "exception class of a failure"),
+        field("error", _text, "what was wrong, for a person"),
+        field("error_transient", pa.bool_(), "it may pass: the next run tries again"),
+        field("run_id", _text, "run that wrote this row"),
+    ]
+)
+
 RUNS = pa.schema(
     [
         field("run_id", _text, "uuid of the run"),
@@ -212,5 +229,6 @@ TABLES: dict[str, pa.Schema] = {
     "keyframes": KEYFRAMES,
     "pairs": PAIRS,
     "cuts": CUTS,
+    "features": FEATURES,
     "runs": RUNS,
 }

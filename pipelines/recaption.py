@@ -45,7 +45,7 @@ class Args:
     dst: str | None = None
     """For images and videos: the dataset to make or to continue."""
     instruction: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ("dense",)
-    """dense (for training), multi_scene, multilingual: see pipelines/instructions."""
+    """dense (for training), multi_scene, multilingual: see engine/instructions."""
     language: str | None = None
     """Of the captions that --instruction multilingual rephrases, e.g. French."""
     models: Literal["mimir", "small", "tiny"] | None = None

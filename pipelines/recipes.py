@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from engine.pairing import Pairs
     from pipelines.models import Models
 
-INSTRUCTIONS = Path(__file__).with_name("instructions")
+INSTRUCTIONS = Path(__file__).parents[1] / "engine" / "instructions"
+"""The papers' texts, which the trainers read too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from engine.endpoint import EndpointChat
 from engine.operator import FAILURE
 from engine.schema import CLIPS, PAIRS
 
-INSTRUCTIONS = Path(__file__).parents[1] / "pipelines" / "instructions"
+INSTRUCTIONS = Path(__file__).parents[1] / "engine" / "instructions"
 PICTURES = pa.list_(pa.struct([("time_s", pa.float64()), ("jpeg", pa.binary())]))
 PLAIN = Instruction(name="plain", text="Enrich: {y_ori}")
 SCENES = Instruction(name="scenes", text="Two scenes of {y_ori}, with a |", scenes=2)

@@ -1,0 +1,183 @@
+"""Video diffusion models: what training and generation ask of one, whatever its architecture.
+
+To add a model, fill `VDM` in one file and name it in `Backbone`.
+
+Shapes: B samples, F frames, H W pixels; C latent channels, T latent frames, Y X latent lines and
+columns; L text positions, D their width, K scenes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from engine.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The text that a video follows: one scene, or several with a schedule."""
+
+    tokens_BKLD: Tensor
+    shares_BFK: Tensor | None = None
+    """How much of each scene a frame follows, rows summing to 1: one-hot for a schedule of steps,
+    else interpolated. None is one scene. F counts the video's frames; a latent frame follows the
+    mean of the frames that it holds."""
+
+
+class VDM(ABC):
+    """A pretrained video diffusion model: VAE, denoiser, noise schedule and text encoder.
+
+    Parts are loaded when they are first used, so training on cached features loads no VAE and no
+    text encoder. Weights are frozen and in `dtype`; adapters that are added are trained in float32.
+
+    Args:
+        base: Folder in diffusers' layout, or its hub id.
+        motion: What a picture model needs to become a video model (AnimateDiff's motion modules).
+        video: False is the plain picture model, where there is one apart.
+        device: Where it runs.
+        dtype: Of frozen weights.
+    """
+
+    text_dim: int
+    """D of the conditioning."""
+    text_len: int
+    """Positions that the model's own text encoder gives."""
+    denoiser: nn.Module
+    """Predicts; LoRA is added to it through peft."""
+    blocks: Sequence[nn.Module]
+    """The denoiser's repeated layers."""
+    lora_targets: Sequence[str]
+    """Names of attention projections (to_q, to_k, to_v, to_out.0) outside motion modules."""
+    num_latent_frames: Callable[[int], int]
+
+    @abstractmethod
+    def latent_shape(self, frames: int, height_px: int, width_px: int) -> tuple[int, ...]:
+        """(C, T, Y, X) of a video's latents.
+
+        Raises:
+            ValueError: The model has no such shape; names the nearest that it has.
+        """
+
+    @abstractmethod
+    def encode(self, pixels_BFHW3: Tensor) -> Tensor:
+        """Mean and standard deviation of the VAE's posterior, scaled as the denoiser wants them.
+
+        Args:
+            pixels_BFHW3: uint8 RGB.
+
+        Returns:
+            float32 (B, 2, C, T, Y, X).
+        """
+
+    @abstractmethod
+    def decode(self, latents_BCTYX: Tensor) -> Tensor:
+        """uint8 RGB (B, F, H, W, 3)."""
+
+    @abstractmethod
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """The model's own text encoder, exactly as its diffusers pipeline uses it: (B, L, D)."""
+
+    @abstractmethod
+    def noised(self, latents_BCTYX: Tensor, noise_BCTYX: Tensor, at_B: Tensor) -> Noised:
+        """What the denoiser is given and what it should say, in float32.
+
+        Args:
+            latents_BCTYX: float32.
+            noise_BCTYX: Standard normal float32.
+            at_B: Uniform in [0, 1): where in the schedule.
+        """
+
+    @abstractmethod
+    def denoise(self, noisy_BCTYX: Tensor, timestep_B: Tensor, text: Conditioning) -> Tensor:
+        """The denoiser's prediction, (B, C, T, Y, X)."""
+
+    @abstractmethod
+    def generate(
+        self,
+        text: Conditioning,
+        null_LD: Tensor,
+        noise_BCTYX: Tensor,
+        *,
+        steps: int,
+        guidance_scale: float,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> Tensor:
+        """Latents (B, C, T, Y, X) by DDIM with classifier-free guidance.
+
+        Args:
+            text: What is to be seen.
+            null_LD: Unconditional text.
+            noise_BCTYX: Standard normal float32; a sample's result depends on its own alone.
+            steps: Of the sampler.
+            guidance_scale: 1 is none.
+            progress: Called with each step's number, from 1.
+        """
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A training example of a denoiser."""
+
+    noisy_BCTYX: Tensor
+    timestep_B: Tensor
+    target_BCTYX: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """Which video diffusion model."""
+
+    kind: Literal["animatediff", "cogvideox"]
+    base: Weights
+    motion: Weights | None = None
+    """AnimateDiff's motion adapter."""
+
+    KINDS: ClassVar[tuple[str, ...]] = ("animatediff", "cogvideox")
+
+    def load(self, *, video: bool, device: torch.device, dtype: torch.dtype) -> VDM:
+        """The model, its parts to be loaded when used."""
+        if self.kind == "animatediff":
+            from trainers.animatediff import AnimateDiff as Model
+        else:
+            from trainers.cogvideox import CogVideoX as Model
+        return Model(self.base, self.motion, video=video, device=device, dtype=dtype)
+
+    def facts(self) -> Facts:
+        """What its configuration files say; loads no weights.
+
+        Raises:
+            ValueError: It is no such model, or not there: what was needed, found, to do.
+        """
+        if self.kind == "animatediff":
+            from trainers.animatediff import facts
+        else:
+            from trainers.cogvideox import facts
+        return facts(self.base, self.motion)
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this model from others, as JSON values."""
+        motion = self.motion.describe() if self.motion else None
+        return {"kind": self.kind, "base": self.base.describe(), "motion": motion}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a model before it is loaded."""
+
+    text_dim: int
+    text_len: int
+    any_text_len: bool
+    """Whether other lengths than `text_len` are taken."""
+    frames_per_latent: int
+    """Frames of the video in a latent frame, after the first."""
+    pixels_per_latent: int
+    """Sides must be a multiple of it (VAE and patches)."""
+    max_frames: int | None
+    """Longest video that its positions reach."""
