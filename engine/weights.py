@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,22 @@ class Weights:
     def describe(self) -> dict[str, Any]:
         """What tells these weights from others, as JSON values."""
         return {"weights": digest(self.local())}
+
+
+def tiny_folder() -> Path:
+    """Where the small random checkpoints of the recipes `tiny` are kept between runs."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "reelwright" / "tiny"
+
+
+def make_missing(folder: Path, builders: Mapping[str, Callable[[Path], object]]) -> None:
+    """Builds what is not below `folder` yet, by name; each is there whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, build in builders.items():
+        if not (folder / name).exists():
+            made = folder / f".{os.getpid()}-{name}"
+            build(made)
+            made.rename(folder / name)
 
 
 def digest(path: Path) -> str:

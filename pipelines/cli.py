@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import json
-import logging
 import re
-import signal
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
-import tyro
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,6 +22,7 @@ from rich.table import Table
 
 from engine import storage
 from engine.accounts import Accounts
+from engine.command import err, fail, out
 from engine.operator import Stage
 from engine.tables import read
 from pipelines.flags import ModelFlags
@@ -42,44 +33,6 @@ if TYPE_CHECKING:
 
 PAPER_CLIP_S = 10.0
 """Mean clip length that Mimir's appendix A reports: "each clip averaging about 10 seconds"."""
-
-BAD_INPUT, UNBALANCED, INTERRUPTED = 2, 1, 130
-
-err = Console(stderr=True)
-out = Console(width=None if sys.stdout.isatty() else 200)  # a pipe has no width of its own
-T = TypeVar("T")
-
-
-def arguments(kind: Callable[..., T], description: str) -> T:
-    """The command line as a value of `kind`; a wrong one is one line and exit code 2."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, description=description)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        words = re.sub(r"[\u2500-\u257f]+", " ", said.getvalue())
-        fail(" ".join(words.split()).removeprefix("Parsing error "))
-
-
-def fail(message: str, code: int = BAD_INPUT) -> Any:
-    """Says what is wrong in one line, and ends the program."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def first_words(error: Exception) -> str:
-    """What an error says, without where in a library's source it was raised."""
-    return str(error).splitlines()[0].split(", /")[0]
-
-
-def set_up_logging() -> None:
-    """Our own words on standard error, a line each."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    # Ray forks before any table is open, and what it forks opens none
-    warnings.filterwarnings("ignore", "lance is not fork-safe")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is a Ctrl-C
 
 
 def recipe_named(name: str, models: Models | None = None) -> Recipe:
@@ -165,20 +118,6 @@ def with_bounds(stages: Sequence[Stage], changes: Iterable[str]) -> tuple[Stage,
             for stage in stages
         ]
     return tuple(stages)
-
-
-def destination(dst: str) -> str:
-    """An absolute path or URI for what a run writes.
-
-    A job's working directory is Ray's temporary copy of what was submitted, and goes with it: a
-    relative path given there is taken below the user's home.
-    """
-    if storage.is_remote(dst):
-        return dst
-    inside_copy = "runtime_resources/working_dir_files" in str(Path.cwd())
-    if inside_copy and not Path(dst).expanduser().is_absolute():
-        return str(Path.home() / dst)
-    return storage.absolute(dst)
 
 
 class Watcher:
@@ -310,8 +249,3 @@ def _column_of(reason: str) -> str:
 def _states(counts: Mapping[str, int], *but_always: str) -> str:
     states = {k: n for k, n in counts.items() if k not in ("total", "ignored")}
     return ", ".join(f"{n:,} {k}" for k, n in states.items() if n or k in but_always)
-
-
-def print_json(value: Any) -> None:
-    """One object on standard output, and nothing else."""
-    print(json.dumps(value, default=str))

@@ -22,6 +22,7 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import tyro
 
+from engine import command
 from engine.curation import Curation, Cutting, Options, Result
 from engine.gauge import Unloadable
 from engine.session import connected
@@ -90,14 +91,14 @@ class Args:
 
 def main() -> int:
     """Curates as the command line says; gives the exit code."""
-    args = cli.arguments(Args, __doc__ or "")
-    cli.set_up_logging()
+    args = command.arguments(Args, __doc__ or "")
+    command.set_up_logging()
     recipe = resolve(args)
     try:
         recipe.check()
         dst, listing = sources_of(args)
         create(dst, recipe.name)
-        cli.err.print(f"{len(listing.sources)} sources to {dst}", highlight=False)
+        command.err.print(f"{len(listing.sources)} sources to {dst}", highlight=False)
         with cli.Watcher() as watch:
             result = Curation(
                 dst,
@@ -112,13 +113,15 @@ def main() -> int:
                 about=provenance(recipe, args.src),
             ).run(listing)
     except (DatasetError, ValueError) as error:
-        cli.fail(str(error))
+        command.fail(str(error))
     except (LeaseLost, ConnectionError, Unloadable) as error:
-        cli.fail(str(error), code=cli.UNBALANCED)
+        command.fail(str(error), code=command.UNBALANCED)
     except OSError as error:
-        cli.fail(f"{dst} cannot be written: {cli.first_words(error)}", code=cli.UNBALANCED)
+        command.fail(
+            f"{dst} cannot be written: {command.first_words(error)}", code=command.UNBALANCED
+        )
     except KeyboardInterrupt:
-        cli.fail("stopped before any work began", code=cli.INTERRUPTED)
+        command.fail("stopped before any work began", code=command.INTERRUPTED)
     show(result, recipe, as_json=args.json)
     return exit_code(result)
 
@@ -128,9 +131,9 @@ def resolve(args: Args) -> Recipe:
     for name in POSITIVE:
         value = getattr(args, name)
         if value is not None and not value > 0:
-            cli.fail(f"--{name.replace('_', '-')} {value:g}: must be more than 0")
+            command.fail(f"--{name.replace('_', '-')} {value:g}: must be more than 0")
     if args.workers is not None and args.workers < 1:
-        cli.fail(f"--workers {args.workers}: must be 1 or more")
+        command.fail(f"--workers {args.workers}: must be 1 or more")
     scan = {n: getattr(args, n) for n in ("shots", "clip_seconds", "max_shot_s")}
     recipe = cli.recipe_with(args.recipe, args.model)
     recipe = recipe.with_scan(**{n: value for n, value in scan.items() if value is not None})
@@ -142,14 +145,16 @@ def resolve(args: Args) -> Recipe:
 def sources_of(args: Args) -> tuple[str, Listing]:
     """Where to, and what from; the sample corpus where nothing is named."""
     if args.src and args.dst is None:
-        cli.fail("--dst is missing: name the dataset to make or to continue, e.g. --dst out/mine")
-    dst = cli.destination(args.dst or DEMO_DST)
+        command.fail(
+            "--dst is missing: name the dataset to make or to continue, e.g. --dst out/mine"
+        )
+    dst = command.destination(args.dst or DEMO_DST)
     if args.src:
         return dst, list_sources(args.src)
     from pipelines.samples import make_samples
 
-    folder = Path(cli.destination(DEMO_DST)).with_name("samples")
-    cli.err.print(f"making the sample corpus in {folder}", highlight=False)
+    folder = Path(command.destination(DEMO_DST)).with_name("samples")
+    command.err.print(f"making the sample corpus in {folder}", highlight=False)
     make_samples(folder)
     return dst, list_sources(str(folder))
 
@@ -172,7 +177,7 @@ def show(result: Result, recipe: Recipe, *, as_json: bool) -> None:
     """The funnel and the dataset's path, for a person or for a program."""
     accounts = result.accounts
     if as_json:
-        cli.print_json(
+        command.print_json(
             {"dataset": result.root, "run_id": result.run_id}
             | accounts.as_dict()
             | {"frames_decoded": result.frames_decoded, "seconds": round(result.seconds, 3)}
@@ -180,36 +185,31 @@ def show(result: Result, recipe: Recipe, *, as_json: bool) -> None:
         )
     else:
         rate = result.frames_decoded / max(result.seconds, 1e-9)
-        cli.out.print(cli.funnel(accounts, recipe.stages, cli.mean_kept_s(result.root)))
+        command.out.print(cli.funnel(accounts, recipe.stages, cli.mean_kept_s(result.root)))
         cli.show_pairs(result.root)
         cli.show_failures(result.root)
-        cli.out.print(
+        command.out.print(
             f"{result.seconds:.1f} s, {result.frames_decoded:,} frames, {rate:.0f} frames/s",
             highlight=False,
         )
-        cli.out.print(f"dataset: {result.root}", highlight=False, soft_wrap=True)
+        command.out.print(f"dataset: {result.root}", highlight=False, soft_wrap=True)
     for fault in accounts.faults:
-        cli.err.print(f"does not balance: {fault}", highlight=False, soft_wrap=True)
+        command.err.print(f"does not balance: {fault}", highlight=False, soft_wrap=True)
     if result.interrupted:
-        cli.err.print("stopped: what was done is committed. To go on, run the same command again.")
+        command.err.print(
+            "stopped: what was done is committed. To go on, run the same command again."
+        )
 
 
 def exit_code(result: Result) -> int:
     """0 only when the accounts balance."""
     if result.interrupted:
-        return cli.INTERRUPTED
-    return cli.UNBALANCED if result.accounts.faults else 0
-
-
-def end(code: int) -> None:
-    """Ends the process at once: threads of a pipeline that was left crash in Python's shutdown."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        return command.INTERRUPTED
+    return command.UNBALANCED if result.accounts.faults else 0
 
 
 if __name__ == "__main__":
     try:
-        end(main())
+        command.end(main())
     except SystemExit as stop:  # --help, or an error that was said
-        end(stop.code if isinstance(stop.code, int) else 0)
+        command.end(stop.code if isinstance(stop.code, int) else 0)

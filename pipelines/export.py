@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
+from engine import command
 from engine.clipfiles import Limits
 from engine.cut import Encoding
 from engine.export import Request, Selection, select
 from engine.exporting import Exported, export
 from engine.tables import DatasetError, identity
-from pipelines import cli
 
 SHOWN = 10
 
@@ -75,22 +75,22 @@ class Args:
 
 def main() -> int:
     """Exports as the command line says; gives the exit code."""
-    args = cli.arguments(Args, __doc__ or "")
-    cli.set_up_logging()
-    root, dst = cli.destination(args.dataset), cli.destination(args.dst)
+    args = command.arguments(Args, __doc__ or "")
+    command.set_up_logging()
+    root, dst = command.destination(args.dataset), command.destination(args.dst)
     request, limits = request_of(args, root), limits_of(args)
     try:
         identity(root)
         selection = select(request)
         if not args.caption:
-            cli.err.print(f"text: {selection.caption}", highlight=False)
+            command.err.print(f"text: {selection.caption}", highlight=False)
         done = export(request, selection, dst, limits, watch=Watch())
     except (DatasetError, ValueError) as error:
-        cli.fail(str(error))
+        command.fail(str(error))
     except OSError as error:
-        cli.fail(f"{dst}: {cli.first_words(error)}", code=cli.UNBALANCED)
+        command.fail(f"{dst}: {command.first_words(error)}", code=command.UNBALANCED)
     except KeyboardInterrupt:
-        cli.fail("stopped: run the same command again to go on", code=cli.INTERRUPTED)
+        command.fail("stopped: run the same command again to go on", code=command.INTERRUPTED)
     show(args, dst, selection, done)
     return 0
 
@@ -105,15 +105,15 @@ class Watch:
         """Takes the samples done, and how many there are."""
         if time.monotonic() - self._said > self._every_s:
             self._said = time.monotonic()
-            cli.err.print(f"{num_done:,} of {num:,} samples", highlight=False)
+            command.err.print(f"{num_done:,} of {num:,} samples", highlight=False)
 
 
 def request_of(args: Args, root: str) -> Request:
     """What is to be written."""
     if args.shard_mib <= 0 or not 0 <= args.crf <= 51:
-        cli.fail("--shard-mib must be more than 0, and --crf lie in 0 to 51")
+        command.fail("--shard-mib must be more than 0, and --crf lie in 0 to 51")
     if args.max_side_px is not None and args.max_side_px < 2:
-        cli.fail(f"--max-side-px {args.max_side_px}: must be 2 or more")
+        command.fail(f"--max-side-px {args.max_side_px}: must be 2 or more")
     return Request(
         root=root,
         format=args.format,
@@ -130,7 +130,7 @@ def request_of(args: Args, root: str) -> Request:
 def limits_of(args: Args) -> Limits:
     """How cutting goes about it."""
     if args.workers is not None and args.workers < 1:
-        cli.fail(f"--workers {args.workers}: must be 1 or more")
+        command.fail(f"--workers {args.workers}: must be 1 or more")
     return Limits(
         workers=args.workers or os.cpu_count() or 1,
         time_limit_s=args.time_limit_s,
@@ -141,7 +141,7 @@ def limits_of(args: Args) -> Limits:
 def show(args: Args, dst: str, selection: Selection, done: Exported) -> None:
     """What was written, for a person or for a program."""
     if args.json:
-        cli.print_json(
+        command.print_json(
             {
                 "export": dst,
                 "format": args.format,
@@ -154,16 +154,16 @@ def show(args: Args, dst: str, selection: Selection, done: Exported) -> None:
         )
     else:
         what = "shards" if args.format == "webdataset" else "files"
-        cli.out.print(
+        command.out.print(
             f"{done.samples:,} samples, {done.files:,} {what},"
             f" {done.bytes / 2**20:,.1f} MiB: {dst}",
             highlight=False,
             soft_wrap=True,
         )
     for reason, num in done.left_out.items():
-        cli.err.print(f"left out: {num:,} ({reason})", highlight=False)
+        command.err.print(f"left out: {num:,} ({reason})", highlight=False)
     for line in done.failures[:SHOWN]:
-        cli.err.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+        command.err.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 def end(code: int) -> None:
@@ -175,6 +175,6 @@ def end(code: int) -> None:
 
 if __name__ == "__main__":
     try:
-        end(main())
+        command.end(main())
     except SystemExit as stop:  # --help, or an error that was said
-        end(stop.code if isinstance(stop.code, int) else 0)
+        command.end(stop.code if isinstance(stop.code, int) else 0)

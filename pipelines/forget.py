@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
+from engine import command
 from engine.accounts import Accounts, balance
 from engine.forget import Chosen, Forgotten, begun, choose, forget
 from engine.lease import Lease
 from engine.tables import DatasetError, LeaseLost, Writer, identity, read
-from pipelines import cli
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,11 @@ class Args:
 
 def main() -> int:
     """Forgets what the command line names; gives the exit code."""
-    args = cli.arguments(Args, __doc__ or "")
-    cli.set_up_logging()
-    root, run_id = cli.destination(args.dst), str(uuid.uuid4())
+    args = command.arguments(Args, __doc__ or "")
+    command.set_up_logging()
+    root, run_id = command.destination(args.dst), str(uuid.uuid4())
     if not args.sources:
-        cli.fail("which sources? give paths, URIs, globs in quotes or source_ids")
+        command.fail("which sources? give paths, URIs, globs in quotes or source_ids")
     try:
         identity(root)
         if args.dry_run:
@@ -64,16 +64,16 @@ def main() -> int:
             done = forget(writer, chosen, step=_say)
             accounts = balance(writer.table, None)
     except (DatasetError, ValueError) as error:
-        cli.fail(str(error))
+        command.fail(str(error))
     except LeaseLost as error:
-        cli.fail(str(error), code=cli.UNBALANCED)
+        command.fail(str(error), code=command.UNBALANCED)
     except OSError as error:
-        cli.fail(f"{root}: {cli.first_words(error)}; run the same command again to finish",
-                 code=cli.UNBALANCED)  # fmt: skip
+        command.fail(f"{root}: {command.first_words(error)}; run the same command again to finish",
+                 code=command.UNBALANCED)  # fmt: skip
     except KeyboardInterrupt:
-        cli.fail("stopped: run the same command again to finish", code=cli.INTERRUPTED)
+        command.fail("stopped: run the same command again to finish", code=command.INTERRUPTED)
     show(root, done, accounts, as_json=args.json)
-    return cli.UNBALANCED if faults_of(done, accounts) else 0
+    return command.UNBALANCED if faults_of(done, accounts) else 0
 
 
 def chosen_of(sources: object, args: Args, root: str) -> Chosen:
@@ -90,19 +90,19 @@ def faults_of(done: Forgotten, accounts: Accounts) -> list[str]:
 def show_chosen(chosen: Chosen, *, as_json: bool) -> None:
     """What would go."""
     if as_json:
-        cli.print_json({"sources": chosen.uris, "same_content": chosen.same_content})
+        command.print_json({"sources": chosen.uris, "same_content": chosen.same_content})
         return
     for uri in chosen.uris:
         why = "  (same content as one of these)" if uri in chosen.same_content else ""
-        cli.out.print(f"{uri}{why}", highlight=False, soft_wrap=True, markup=False)
-    cli.out.print(f"{len(chosen.uris)} source(s) would be forgotten", highlight=False)
+        command.out.print(f"{uri}{why}", highlight=False, soft_wrap=True, markup=False)
+    command.out.print(f"{len(chosen.uris)} source(s) would be forgotten", highlight=False)
 
 
 def show(root: str, done: Forgotten, accounts: Accounts, *, as_json: bool) -> None:
     """What went and what is left, for a person or for a program."""
     chosen = done.chosen
     if as_json:
-        cli.print_json(
+        command.print_json(
             {
                 "dataset": root,
                 "sources": chosen.uris,
@@ -117,34 +117,34 @@ def show(root: str, done: Forgotten, accounts: Accounts, *, as_json: bool) -> No
         )
     else:
         for uri in chosen.same_content:
-            cli.out.print(f"same content, gone with it: {uri}", highlight=False, soft_wrap=True)
+            command.out.print(f"same content, gone with it: {uri}", highlight=False, soft_wrap=True)
         rows = ", ".join(f"{num:,} {name}" for name, num in done.rows.items())
-        cli.out.print(
+        command.out.print(
             f"forgotten: {rows or 'nothing was left'}; {done.files:,} cut files;"
             f" {done.bytes_removed / 2**20:,.1f} MiB of old files",
             highlight=False,
         )
-        cli.out.print("not covered: other datasets, exports, backups, trained models")
+        command.out.print("not covered: other datasets, exports, backups, trained models")
     if chosen.resumed:
-        cli.err.print("an earlier forget that had been cut short is finished, too")
+        command.err.print("an earlier forget that had been cut short is finished, too")
     if done.pending:
-        cli.err.print(
+        command.err.print(
             f"{done.pending} near-duplicate(s) that they stood for are pending: run"
             " pipelines/refilter.py, or the next pipelines/curate.py, to judge them",
             highlight=False,
         )
     for uri in done.still_there:
-        cli.err.print(
+        command.err.print(
             f"warning: {uri} is still there: a run that lists it adds it again",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
     for fault in faults_of(done, accounts):
-        cli.err.print(f"does not balance: {fault}", highlight=False, soft_wrap=True)
+        command.err.print(f"does not balance: {fault}", highlight=False, soft_wrap=True)
 
 
 def _say(step: str) -> None:
-    if cli.err.is_terminal:
-        cli.err.print(f"{step} …", highlight=False)
+    if command.err.is_terminal:
+        command.err.print(f"{step} …", highlight=False)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from engine.chat import Chat, TransformersChat
 from engine.clip import ClipModel
 from engine.endpoint import EndpointChat
 from engine.watermark import QWEN2_VL
-from engine.weights import Weights
+from engine.weights import Weights, make_missing, tiny_folder
 from pipelines.flags import ModelFlags
 
 
@@ -60,28 +59,19 @@ def tiny(folder: Path | None = None) -> Models:
     )
 
 
-def tiny_folder() -> Path:
-    """Where the small checkpoints are kept between runs."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "reelwright" / "tiny"
-
-
 def make_tiny(folder: Path | None = None) -> None:
     """Builds the small checkpoints that are missing."""
     from engine.tiny_clip import build_aesthetic_head, build_clip
     from engine.tiny_vlm import build_qwen2_vl
 
-    at = folder or tiny_folder()
-    at.mkdir(parents=True, exist_ok=True)
-    for name, build in (
-        ("clip", build_clip),
-        ("aesthetic.safetensors", build_aesthetic_head),
-        ("qwen2_vl", build_qwen2_vl),
-    ):
-        if not (at / name).exists():
-            made = at / f".{os.getpid()}-{name}"
-            build(made)
-            made.rename(at / name)
+    make_missing(
+        folder or tiny_folder(),
+        {
+            "clip": build_clip,
+            "aesthetic.safetensors": build_aesthetic_head,
+            "qwen2_vl": build_qwen2_vl,
+        },
+    )
 
 
 def with_flags(models: Models, flags: ModelFlags) -> Models:

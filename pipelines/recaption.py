@@ -23,14 +23,14 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import tyro
 
-from engine import storage
+from engine import command, storage
 from engine.curation import Curation, Options, Result
 from engine.gauge import Unloadable
 from engine.session import connected
 from engine.sources import Listing, list_sources
 from engine.tables import DatasetError, LeaseLost, create, identity
 from pipelines import cli
-from pipelines.curate import end, exit_code
+from pipelines.curate import exit_code
 from pipelines.flags import ModelFlags
 from pipelines.recipes import WITH_MODELS, Recipe
 from pipelines.versions import provenance
@@ -66,8 +66,8 @@ class Args:
 
 def main() -> int:
     """Makes pairs as the command line says; gives the exit code."""
-    args = cli.arguments(Args, __doc__ or "")
-    cli.set_up_logging()
+    args = command.arguments(Args, __doc__ or "")
+    command.set_up_logging()
     try:
         dst, listing, name = _target(args)
         recipe = cli.with_pairs(
@@ -97,13 +97,15 @@ def main() -> int:
             )
             result = curation.run(listing)
     except (DatasetError, ValueError) as error:
-        cli.fail(str(error))
+        command.fail(str(error))
     except (LeaseLost, ConnectionError, Unloadable) as error:
-        cli.fail(str(error), code=cli.UNBALANCED)
+        command.fail(str(error), code=command.UNBALANCED)
     except OSError as error:
-        cli.fail(f"{dst} cannot be written: {cli.first_words(error)}", code=cli.UNBALANCED)
+        command.fail(
+            f"{dst} cannot be written: {command.first_words(error)}", code=command.UNBALANCED
+        )
     except KeyboardInterrupt:
-        cli.fail("stopped before any work began", code=cli.INTERRUPTED)
+        command.fail("stopped before any work began", code=command.INTERRUPTED)
     show(result, recipe, as_json=args.json)
     return exit_code(result)
 
@@ -111,14 +113,16 @@ def main() -> int:
 def _target(args: Args) -> tuple[str, Listing | None, str]:
     """The dataset, what is to be read into it (None: nothing), and the recipe."""
     if len(args.src) == 1 and storage.kind(storage.join(args.src[0], "dataset.json")) == "file":
-        root = cli.destination(args.src[0])
-        if args.dst is not None and cli.destination(args.dst) != root:
-            cli.fail("--dst: the pairs of a dataset go into it; leave --dst out")
+        root = command.destination(args.src[0])
+        if args.dst is not None and command.destination(args.dst) != root:
+            command.fail("--dst: the pairs of a dataset go into it; leave --dst out")
         name = identity(root)["recipe"]
         return root, None, name if name in WITH_MODELS else "classic+rise"
     if args.dst is None:
-        cli.fail("--dst is missing: name the dataset to make or to continue, e.g. --dst out/pairs")
-    return cli.destination(args.dst), list_sources(args.src), "rise"
+        command.fail(
+            "--dst is missing: name the dataset to make or to continue, e.g. --dst out/pairs"
+        )
+    return command.destination(args.dst), list_sources(args.src), "rise"
 
 
 def show(result: Result, recipe: Recipe, *, as_json: bool) -> None:
@@ -127,15 +131,15 @@ def show(result: Result, recipe: Recipe, *, as_json: bool) -> None:
     if as_json:
         about = {"dataset": result.root, "run_id": result.run_id}
         made = {"pairs": {name: counts.get(name, {}) for name in recipe.makes}}
-        cli.print_json(about | made | {"seconds": round(result.seconds, 3)})
+        command.print_json(about | made | {"seconds": round(result.seconds, 3)})
         return
     cli.show_pairs(result.root)
-    cli.out.print(f"{result.seconds:.1f} s", highlight=False)
-    cli.out.print(f"dataset: {result.root}", highlight=False, soft_wrap=True)
+    command.out.print(f"{result.seconds:.1f} s", highlight=False)
+    command.out.print(f"dataset: {result.root}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
     try:
-        end(main())
+        command.end(main())
     except SystemExit as stop:  # --help, or an error that was said
-        end(stop.code if isinstance(stop.code, int) else 0)
+        command.end(stop.code if isinstance(stop.code, int) else 0)

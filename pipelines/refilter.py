@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
+from engine import command
 from engine.accounts import balance
 from engine.forget import check_whole
 from engine.lease import Lease
@@ -40,9 +41,9 @@ class Args:
 
 def main() -> int:
     """Judges as the command line says; gives the exit code."""
-    args = cli.arguments(Args, __doc__ or "")
-    cli.set_up_logging()
-    root, run_id, clock = cli.destination(args.dataset), str(uuid.uuid4()), time.monotonic()
+    args = command.arguments(Args, __doc__ or "")
+    command.set_up_logging()
+    root, run_id, clock = command.destination(args.dataset), str(uuid.uuid4()), time.monotonic()
     try:
         recipe = cli.recipe_named(identity(root)["recipe"])
         stages = cli.with_bounds(recipe.stages, args.set)
@@ -55,21 +56,21 @@ def main() -> int:
                 break  # all instructions have the same rules
             accounts = balance(writer.table, None)
     except (DatasetError, ValueError) as error:
-        cli.fail(str(error))
+        command.fail(str(error))
     except LeaseLost as error:
-        cli.fail(str(error), code=cli.UNBALANCED)
+        command.fail(str(error), code=command.UNBALANCED)
     seconds = time.monotonic() - clock
     if args.json:
-        cli.print_json(
+        command.print_json(
             {"dataset": root, "changed": num_changed, "seconds": round(seconds, 3)}
             | accounts.as_dict()
         )
         return 0
-    cli.out.print(cli.funnel(accounts, stages, cli.mean_kept_s(root)))
-    cli.out.print(f"{num_changed:,} verdicts changed in {seconds:.1f} s", highlight=False)
+    command.out.print(cli.funnel(accounts, stages, cli.mean_kept_s(root)))
+    command.out.print(f"{num_changed:,} verdicts changed in {seconds:.1f} s", highlight=False)
     if accounts.clips["pending"]:
         flags = " ".join(f"--set {change}" for change in args.set)
-        cli.out.print(
+        command.out.print(
             f"to measure the pending ones: python pipelines/curate.py {recipe.name} --src … "
             f"--dst {root} {flags}",
             highlight=False,

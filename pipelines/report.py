@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import tyro
 from rich.table import Table
 
-from engine import storage
+from engine import command, storage
 from engine.accounts import balance
 from engine.tables import DatasetError, identity, read
 from pipelines import cli
@@ -46,9 +46,9 @@ class Args:
 
 def main() -> int:
     """Reports as the command line says; gives the exit code."""
-    args = cli.arguments(Args, __doc__ or "")
-    cli.set_up_logging()
-    root = cli.destination(args.dataset)
+    args = command.arguments(Args, __doc__ or "")
+    command.set_up_logging()
+    root = command.destination(args.dataset)
     try:
         recipe = cli.recipe_named(identity(root)["recipe"])
         if args.clip is not None:
@@ -57,17 +57,17 @@ def main() -> int:
             _show_near(nearest(root, args.near, args.num), as_json=args.json)
         elif args.sheet is not None:
             num_shown = contact_sheet(root, args.sheet)
-            cli.err.print(f"{num_shown} clips in {args.sheet}", highlight=False, soft_wrap=True)
+            command.err.print(f"{num_shown} clips in {args.sheet}", highlight=False, soft_wrap=True)
         else:
             accounts = balance(lambda name: read(root, name), None)
             if args.json:
-                cli.print_json({"dataset": root, "recipe": recipe.name} | accounts.as_dict())
+                command.print_json({"dataset": root, "recipe": recipe.name} | accounts.as_dict())
             else:
-                cli.out.print(cli.funnel(accounts, recipe.stages, cli.mean_kept_s(root)))
+                command.out.print(cli.funnel(accounts, recipe.stages, cli.mean_kept_s(root)))
                 cli.show_pairs(root)
                 cli.show_failures(root)
     except (DatasetError, ValueError) as error:
-        cli.fail(str(error))
+        command.fail(str(error))
     return 0
 
 
@@ -126,7 +126,7 @@ def nearest(root: str, column: str, num: int) -> pa.Table:
 
 def _show(record: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        cli.print_json(record)
+        command.print_json(record)
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in record.items():
@@ -143,19 +143,19 @@ def _show(record: dict[str, Any], *, as_json: bool) -> None:
         table.add_row("", pair["rephrased"] or "")
     unmeasured = [n for n, v in record.items() if v is None]
     table.add_row("[dim]null", f"[dim]{', '.join(unmeasured)}")
-    cli.out.print(table)
+    command.out.print(table)
 
 
 def _show_near(rows: pa.Table, *, as_json: bool) -> None:
     if as_json:
-        cli.print_json(rows.to_pylist())
+        command.print_json(rows.to_pylist())
         return
     table = Table(box=None, pad_edge=False)
     for name in rows.column_names:
         table.add_column(name, overflow="fold", no_wrap=name in ("clip_id", "reason"))
     for row in rows.to_pylist():
         table.add_row(*(_plain(v) for v in row.values()))
-    cli.out.print(table)
+    command.out.print(table)
 
 
 def _plain(value: Any) -> str:

@@ -1,0 +1,85 @@
+"""What every command shares: arguments, errors in one line, paths, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+
+from engine import storage
+
+BAD_INPUT, UNBALANCED, INTERRUPTED = 2, 1, 130
+
+err = Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 200)  # a pipe has no width of its own
+T = TypeVar("T")
+
+
+def arguments(kind: Callable[..., T], description: str) -> T:
+    """The command line as a value of `kind`; a wrong one is one line and exit code 2."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = re.sub(r"[\u2500-\u257f]+", " ", said.getvalue())
+        fail(" ".join(words.split()).removeprefix("Parsing error "))
+
+
+def fail(message: str, code: int = BAD_INPUT) -> Any:
+    """Says what is wrong in one line, and ends the program."""
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    raise SystemExit(code)
+
+
+def first_words(error: Exception) -> str:
+    """What an error says, without where in a library's source it was raised."""
+    return str(error).splitlines()[0].split(", /")[0]
+
+
+def set_up_logging() -> None:
+    """Our own words on standard error, a line each."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # Ray forks before any table is open, and what it forks opens none
+    warnings.filterwarnings("ignore", "lance is not fork-safe")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is a Ctrl-C
+
+
+def destination(dst: str) -> str:
+    """An absolute path or URI for what a run writes.
+
+    A job's working directory is Ray's temporary copy of what was submitted, and goes with it: a
+    relative path given there is taken below the user's home.
+    """
+    if storage.is_remote(dst):
+        return dst
+    inside_copy = "runtime_resources/working_dir_files" in str(Path.cwd())
+    if inside_copy and not Path(dst).expanduser().is_absolute():
+        return str(Path.home() / dst)
+    return storage.absolute(dst)
+
+
+def print_json(value: Any) -> None:
+    """One object on standard output, and nothing else."""
+    sys.stdout.write(json.dumps(value, default=str) + "\n")
+
+
+def end(code: int) -> None:
+    """Ends the process at once: threads of a pipeline that was left crash in Python's shutdown."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
