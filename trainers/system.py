@@ -13,8 +13,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -23,10 +25,10 @@ from engine.operator import Operator, resource
 from engine.schema import FEATURES
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import nn
+
+    from engine.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +149,19 @@ class Learner(ABC):
     """A system loaded for one stage: what the loop drives."""
 
     module: nn.Module
-    """`module(**batch)` gives float32 losses (B,). What it trains is float32 and requires gradients;
-    nothing else does."""
+    """`module(**batch)` gives float32 losses (B,). Only what it trains requires gradients, and that
+    is float32."""
     groups: Mapping[str, Sequence[str]]
     """Names of the module's trained parameters, by the optimiser group of `TrainStage`."""
     blocks: Sequence[nn.Module]
     """The module's repeated layers: units of sharding, checkpointing and compilation."""
+    counts: Counter[str]
+    """What `batch` counted (texts that were cut, say), by a name that is there from the start; the
+    loop adds its own, logs them as `num_<name>` and sets them back."""
+
+    @abstractmethod
+    def checkpoint_gradients(self) -> None:
+        """From now on activations are computed again in backward, to save memory."""
 
     @abstractmethod
     def batch(self, samples: Sequence[Sample], noise: Noise) -> dict[str, torch.Tensor]:
@@ -200,6 +209,21 @@ class TrainStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a system says of its export on the model card."""
+
+    title: str
+    paper: str
+    models: Mapping[str, str]
+    """Base models by their part, each as hub id (with revision) or folder name."""
+    files: Mapping[str, str]
+    """What each file that was written holds."""
+    usage: str
+    """Python that loads and runs it, with `{folder}` for where it lies."""
+    limits: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class System(ABC):
     """A paper's system as a value: base models and the sizes of what is trained on them."""
 
@@ -230,13 +254,12 @@ class System(ABC):
         """
 
     @abstractmethod
-    def export(
-        self, results: Mapping[str, Mapping[str, torch.Tensor]], folder: Path
-    ) -> dict[str, Any]:
-        """Writes what a pipeline loads, from the parameters that each stage trained.
+    def export(self, results: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> Card:
+        """Writes what a pipeline loads into a folder.
 
-        Returns:
-            What the model card says of it: names of base models, what was trained, how to load it.
+        Args:
+            results: By stage, in the recipe's order, the parameters that it trained.
+            folder: An empty one.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -260,3 +283,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     return value
+
+
+def named(weights: Weights) -> str:
+    """How a model card names weights: hub id with revision, or a folder's name."""
+    if Path(weights.at).expanduser().exists():
+        return Path(weights.at).name
+    return weights.at + (f" at {weights.revision}" if weights.revision else "")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from trainers.system import Bucket, Noise
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -55,7 +57,31 @@ class VDM(ABC):
     """The denoiser's repeated layers."""
     lora_targets: Sequence[str]
     """Names of attention projections (to_q, to_k, to_v, to_out.0) outside motion modules."""
-    num_latent_frames: Callable[[int], int]
+    motion_lora_targets: Sequence[str] = ()
+    """The same inside motion modules, where there are any."""
+
+    def losses(
+        self,
+        moments_B2CTYX: Tensor,
+        posterior_BCTYX: Tensor,
+        noise_BCTYX: Tensor,
+        at_B: Tensor,
+        text: Conditioning,
+    ) -> Tensor:
+        """Mean squared error of the denoiser's prediction, float32 (B,).
+
+        Args:
+            moments_B2CTYX: Of the VAE's posterior, as `encode` gives them.
+            posterior_BCTYX: Standard normal: draws the latents.
+            noise_BCTYX: Standard normal: what is added to them.
+            at_B: Uniform in [0, 1): how much of it.
+            text: What the videos show.
+        """
+        mean_BCTYX, deviation_BCTYX = moments_B2CTYX.float().unbind(1)
+        latents_BCTYX = mean_BCTYX + deviation_BCTYX * posterior_BCTYX
+        example = self.noised(latents_BCTYX, noise_BCTYX, at_B)
+        said_BCTYX = self.denoise(example.noisy_BCTYX, example.timestep_B, text)
+        return (said_BCTYX.float() - example.target_BCTYX).square().flatten(1).mean(1)
 
     @abstractmethod
     def latent_shape(self, frames: int, height_px: int, width_px: int) -> tuple[int, ...]:
@@ -121,6 +147,17 @@ class VDM(ABC):
         """
 
 
+def drawn(noise: Noise, moments_B2CTYX: Tensor) -> dict[str, Tensor]:
+    """The randomness that `VDM.losses` takes, on the device of the latents."""
+    shape = moments_B2CTYX.shape[2:]
+    device = moments_B2CTYX.device
+    return {
+        "posterior_BCTYX": noise.normal("posterior", shape).to(device),
+        "noise_BCTYX": noise.normal("noise", shape).to(device),
+        "at_B": noise.uniform("at").to(device),
+    }
+
+
 @dataclass(frozen=True)
 class Noised:
     """A training example of a denoiser."""
@@ -165,6 +202,24 @@ class Backbone:
         """What tells this model from others, as JSON values."""
         motion = self.motion.describe() if self.motion else None
         return {"kind": self.kind, "base": self.base.describe(), "motion": motion}
+
+
+def check_buckets(buckets: Sequence[Bucket], facts: Facts, model: str) -> None:
+    """Raises ValueError where a model cannot take videos of a bucket's shape."""
+    for bucket in buckets:
+        sides = (bucket.height_px, bucket.width_px)
+        if any(side % facts.pixels_per_latent for side in sides):
+            raise ValueError(
+                f"bucket {bucket}: {model} takes sides that are multiples of"
+                f" {facts.pixels_per_latent} px"
+            )
+        if (bucket.frames - 1) % facts.frames_per_latent:
+            raise ValueError(
+                f"bucket {bucket}: {model} takes 1 frame, or 1 and a multiple of"
+                f" {facts.frames_per_latent}"
+            )
+        if facts.max_frames is not None and bucket.frames > facts.max_frames:
+            raise ValueError(f"bucket {bucket}: {model} reaches {facts.max_frames} frames")
 
 
 @dataclass(frozen=True, kw_only=True)

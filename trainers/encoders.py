@@ -1,0 +1,79 @@
+"""Frozen encoders that more than one system trains behind.
+
+Shapes: B samples, F frames, H W pixels; C latent channels, T latent frames, Y X their lines and
+columns; L text positions, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from trainers.system import Encoder, Sample
+from trainers.vdm import Backbone
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["bf16", "fp32"]
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """Of frozen weights."""
+    import torch
+
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents(Encoder):
+    """Mean and standard deviation of a VAE's latents, float32 (2, C, T, Y, X), as scaled for the
+    denoiser; training draws from them anew in every epoch.
+    """
+
+    kind = "latents"
+    needs = ("pixels",)
+    of = "clip"
+    libraries = ("torch", "diffusers")
+
+    vdm: Backbone
+    precision: Precision = "bf16"
+
+    def on(self, device: torch.device) -> Callable[[Sequence[Sample]], list[torch.Tensor]]:
+        """The function that encodes samples of one bucket."""
+        import torch
+
+        vdm = self.vdm.load(video=False, device=device, dtype=dtype_of(self.precision))
+
+        @torch.no_grad()
+        def encode(samples: Sequence[Sample]) -> list[torch.Tensor]:
+            pixels_BFHW3 = torch.stack([s.features["pixels"] for s in samples])
+            return list(vdm.encode(pixels_BFHW3.to(device)).unbind())
+
+        return encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseText(Encoder):
+    """What the video model's own text encoder makes of the rephrased text, (L, D)."""
+
+    kind = "base_text"
+    needs = ()
+    of = "pair"
+    libraries = ("torch", "transformers", "diffusers")
+
+    vdm: Backbone
+    precision: Precision = "bf16"
+
+    def on(self, device: torch.device) -> Callable[[Sequence[Sample]], list[torch.Tensor]]:
+        """The function that encodes texts."""
+        import torch
+
+        vdm = self.vdm.load(video=False, device=device, dtype=dtype_of(self.precision))
+
+        @torch.no_grad()
+        def encode(samples: Sequence[Sample]) -> list[torch.Tensor]:
+            return list(vdm.encode_text([s.row["rephrased"] for s in samples]).unbind())
+
+        return encode

@@ -1,0 +1,82 @@
+"""What is trained and how: values that a launcher sends to every worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainers.system import System, TrainStage, plain
+
+if TYPE_CHECKING:
+    from trainers.dataset import Manifest
+
+
+class Stopped(RuntimeError):
+    """Training cannot go on, and trying again would not help: one line for its user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a run is carried out. Nothing here changes a result beyond rounding."""
+
+    micro_batch: int = 1
+    """Samples of the largest bucket that a worker holds at once; of smaller ones more."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Copies of the model (ddp), or its shards (fsdp: FSDP2)."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in backward: less memory, a third more work."""
+    compile: bool = False
+    """torch.compile of the model's blocks."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits on a GPU every time; the CPU's always do."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Newest checkpoints that stay."""
+    async_save: bool = True
+    """Save beside the training."""
+    log_every: int = 10
+    """Steps whose figures are written together."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """tensorboard, wandb, mlflow."""
+    patience: int = 20
+    """Steps in a row without a finite gradient after which a run stops."""
+    ahead: int = 2
+    """Steps whose samples are read in advance."""
+    threads: int = 4
+    """That read samples, for each worker."""
+    torch_threads: int | None = None
+    """Of a worker's arithmetic on the CPU; None is its share of the cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One stage of a run, as every worker is told it; a value that can be sent to them."""
+
+    recipe: str
+    system: System
+    stage: TrainStage
+    root: str
+    """Of the dataset."""
+    out: str
+    """Folder of the run, absolute, seen by all workers."""
+    options: Options
+
+    @property
+    def folder(self) -> Path:
+        """The stage's own."""
+        return Path(self.out) / self.stage.name
+
+    def config(self, manifest: Manifest) -> dict[str, Any]:
+        """What decides on the numbers: another one is another training."""
+        stage = plain(self.stage)
+        if all(o.schedule == "constant" for o in self.stage.optim):
+            del stage["steps"]  # more of the same
+        data = {"hash": manifest.hash, "samples": manifest.rows.num_rows}
+        return {
+            "recipe": self.recipe,
+            "system": self.system.describe(),
+            "stage": stage,
+            "data": data,
+        }

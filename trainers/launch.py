@@ -1,0 +1,198 @@
+"""Where a job runs: under Ray Train, or in this process. The one file that imports ray.train."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import storage
+from trainers import tracking
+from trainers.dataset import Manifest, read_manifest
+from trainers.job import Job, Stopped
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a stage is."""
+
+    stage: str
+    step: int
+    """Steps that are done."""
+    steps: int
+    figures: dict[str, float]
+    """Of the newest line of metrics."""
+
+
+Watch = Callable[[Progress], None]
+
+
+def check(job: Job, workers: int) -> Manifest:
+    """Raises ValueError, one line, for all that can be known to be wrong before any work.
+
+    Returns:
+        What the dataset has for the stage.
+    """
+    if storage.is_remote(job.out):
+        raise ValueError(f"{job.out}: a run's folder is a path that all workers see, not a URI")
+    if not job.stage.batch > 0 or job.stage.batch % workers:
+        raise ValueError(
+            f"stage {job.stage.name}: a batch of {job.stage.batch} cannot be shared equally by"
+            f" {workers} workers"
+        )
+    tracking.check(job.options.trackers)
+    job.system.check(job.stage)
+    manifest = read_manifest(job.root, job.stage.data)
+    from trainers.checkpoint import check_same  # torch, which --help does without
+
+    check_same(job.folder, job.config(manifest))
+    return manifest
+
+
+def alone(job: Job, watch: Watch | None = None) -> int:
+    """Trains in this process; gives the step at which it began."""
+    import torch
+
+    from trainers.loop import train
+    from trainers.parallel import World
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with _watched(job, watch):
+        return train(job, World(device=device))
+
+
+def on_ray(job: Job, workers: int, watch: Watch | None = None, *, max_failures: int = 3) -> int:
+    """Trains on actors of the connected cluster, on GPUs where it has any.
+
+    A worker that dies takes its group along, which starts again from the last checkpoint.
+
+    Args:
+        job: What is trained.
+        workers: How many.
+        watch: Told of progress.
+        max_failures: Times that the group is started again.
+
+    Raises:
+        Stopped: It cannot go on, or died too often.
+    """
+    import ray
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    there = ray.cluster_resources()
+    use_gpu = there.get("GPU", 0) > 0
+    cpus = max(1, int((there.get("CPU", 1)) // workers))
+    own = tempfile.mkdtemp(prefix=".ray-", dir=_made(job.out))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": min(cpus, 8), **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=job.stage.name,
+            storage_path=own,  # checkpoints are ours: Ray's own may lag behind what was written
+            failure_config=FailureConfig(max_failures=max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        with _quiet(), _watched(job, watch):
+            told = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise Stopped(_cause(error)) from error
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    if "stopped" in told:
+        raise Stopped(told["stopped"])
+    return told["start"]
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What each of Ray Train's workers runs."""
+    from ray.train.torch import get_device
+
+    from trainers.loop import train
+    from trainers.parallel import World
+
+    job: Job = config["job"]
+    try:
+        return {"start": train(job, World.joined(get_device()))}
+    except Stopped as stopped:  # all workers alike; another try would end as this one
+        return {"stopped": str(stopped)}
+
+
+def _cause(error: Exception) -> str:
+    """The workers' own error in one line."""
+    found = getattr(error, "worker_failures", None)
+    cause: BaseException = next(iter(found.values())) if found else error
+    while getattr(cause, "cause", None) is not None:
+        cause = cause.cause
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(cause).__name__
+
+
+def _made(folder: str) -> str:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray Train says a line for every report and state; ours are in metrics.jsonl."""
+    before = os.environ.get("RAY_TRAIN_ENABLE_PRINT_PATCH")
+    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
+    loggers = [logging.getLogger(n) for n in ("ray.train", "ray.tune")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if before is None:
+            del os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"]
+        else:
+            os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = before
+
+
+@contextmanager
+def _watched(job: Job, watch: Watch | None) -> Iterator[None]:
+    """Tells `watch` of every new line of the stage's metrics, from a thread."""
+    if watch is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def look() -> None:
+        seen = -1
+        while not ended.wait(POLL_S):
+            line = tracking.last(job.folder)
+            if line and line["step"] != seen:
+                seen = line["step"]
+                done = seen + 1
+                progress = Progress(
+                    stage=job.stage.name, step=done, steps=job.stage.steps, figures=line
+                )
+                watch(progress)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

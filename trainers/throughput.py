@@ -1,0 +1,92 @@
+"""How fast a run is, against what the machine could do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+DENSE_BF16_TFLOPS = {
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.1,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "RTX 4090": 165.2,
+    "B200": 2250.0,
+}
+"""Peak of a GPU's tensor cores without sparsity, by its maker's data sheet."""
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Operations a second that the device could do in bf16; None where nothing is known of it."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * v for known, v in DENSE_BF16_TFLOPS.items() if known in name), None)
+
+
+class Meter:
+    """Seconds, samples and operations of the steps since it was last read."""
+
+    def __init__(self, device: torch.device, precision: str):
+        self._device, self._peak = device, peak_flops(device, precision)
+        self._flops_of: dict[object, float] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new window."""
+        self._began = time.perf_counter()
+        self._samples = self._waited_s = self._flops = 0.0
+
+    def step(self, samples: int, waited_s: float) -> None:
+        """A step ended: its samples over all workers, and how long it waited for data."""
+        self._samples += samples
+        self._waited_s += waited_s
+
+    @contextmanager
+    def counted(self, shape: object, *, recomputed: bool) -> Iterator[Callable[[], None]]:
+        """Adds the operations of a micro-batch; each shape is counted once, and run eagerly then.
+
+        What it gives is called between forward and backward: checkpointing computes forward again,
+        which is work of the machine and not of the model.
+        """
+        if shape in self._flops_of:
+            self._flops += self._flops_of[shape]
+            yield lambda: None
+            return
+        from torch.utils.flop_counter import FlopCounterMode
+
+        forward = 0
+
+        def ended() -> None:
+            nonlocal forward
+            forward = counter.get_total_flops()
+
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            yield ended
+        self._flops_of[shape] = counter.get_total_flops() - (forward if recomputed else 0)
+        self._flops += self._flops_of[shape]
+
+    def read(self) -> dict[str, float]:
+        """Figures of the window, and a new one begins."""
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        found = {
+            "samples_per_s": self._samples / seconds,
+            "data_wait_frac": self._waited_s / seconds,
+            "tflops_per_s": self._flops / seconds / 1e12,  # of this worker
+        }
+        if self._peak:
+            found["mfu"] = self._flops / seconds / self._peak
+        if self._device.type == "cuda":
+            found["memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        else:
+            import resource
+
+            found["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self.reset()
+        return found
