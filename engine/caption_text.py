@@ -348,6 +348,14 @@ def language_probability(text: str, language: str) -> float:
     return dict(_identifier().rank(text)).get(language, 0.0)
 
 
+def likeliest_language(text: str) -> str:
+    """ISO 639-1 code of the language that a text is likeliest in, by the same n-grams.
+
+    Misleading for less than a sentence, too.
+    """
+    return _identifier().classify(text)[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaptionFault(Operator):
     """What is wrong with a caption, as one word; '' where nothing is.

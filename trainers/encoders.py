@@ -28,8 +28,9 @@ def dtype_of(precision: Precision) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class Latents(Encoder):
-    """Mean and standard deviation of a VAE's latents, float32 (2, C, T, Y, X), as scaled for the
-    denoiser; training draws from them anew in every epoch.
+    """Mean and standard deviation of a VAE's latents, float32 (2, C, T, Y, X).
+
+    Scaled for the denoiser; training draws from them anew in every epoch.
     """
 
     kind = "latents"

@@ -58,6 +58,13 @@ def check(job: Job, workers: int) -> Manifest:
     return manifest
 
 
+def default_workers() -> int:
+    """One for each GPU of the connected cluster; one where there are none."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("GPU", 0)))
+
+
 def alone(job: Job, watch: Watch | None = None) -> int:
     """Trains in this process; gives the step at which it began."""
     import torch

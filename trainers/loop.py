@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from trainers import tracking
-from trainers.cache import open_caches
 from trainers.checkpoint import (
     Checkpoints,
     claim,
@@ -31,13 +30,15 @@ from trainers.checkpoint import (
     trained,
 )
 from trainers.dataset import Manifest, read_manifest
+from trainers.features import complete as complete_features
+from trainers.features import open_caches
 from trainers.job import Job, Options, Stopped
 from trainers.loader import Loader, Micro
 from trainers.optim import adamw, average, rate, started_average
 from trainers.parallel import World
 from trainers.plan import Plan
-from trainers.system import Bucket, Learner, Noise, Sample
-from trainers.throughput import Meter
+from trainers.system import Bucket, Encoder, Learner, Noise, Sample
+from trainers.throughput import Meter, note_machine
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ def train(job: Job, world: World, manifest: Manifest | None = None) -> int:
         claim(job.folder, config)
         forget_unfinished(job.folder)
     world.wait()
+    if world.leads:
+        note_machine(job.folder, world)
     _prepare(job.options, job.stage.seed, world)
     parents = {name: _trained_before(Path(job.out) / name) for name in job.stage.after}
     learner = job.system.learner(job.stage, world.device, parents)
@@ -205,18 +208,15 @@ class Trainer:
             (loss * self.world.size).backward()  # which is averaged over workers
         return loss.detach()
 
-    @torch.no_grad()
     def _encode(self, samples: Sequence[Sample]) -> None:
         """Computes the features that the cache had not."""
-        for encoder in self.encoders:
-            lacking = [s for s in samples if encoder.kind not in s.features]
-            if not lacking:
-                continue
-            if encoder.kind not in self._running:
-                self._running[encoder.kind] = encoder.on(self.world.device)
-            found = self._running[encoder.kind](lacking)
-            for sample, tensor in zip(lacking, found, strict=True):
-                sample.features[encoder.kind] = tensor
+        complete_features(samples, self.encoders, self.loader.kinds, self._function)
+
+    def _function(self, encoder: Encoder) -> Callable[[Sequence[Sample]], list[Tensor]]:
+        """An encoder, loaded when it is first needed."""
+        if encoder.kind not in self._running:
+            self._running[encoder.kind] = encoder.on(self.world.device)
+        return self._running[encoder.kind]
 
     def _skip(self, step: int) -> None:
         self.counts["skipped"] += self.world.leads

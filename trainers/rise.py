@@ -15,8 +15,6 @@ channels, T latent frames, Y X their lines and columns.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import shutil
 from collections import Counter
@@ -33,16 +31,26 @@ from engine.weights import Weights
 from trainers.adapter import Kind, RephrasingAdapter, null_of, padded
 from trainers.encoders import Latents, dtype_of
 from trainers.language import LanguageModel, States, Tokens, num_cut
-from trainers.lora import add_lora, save_lora
-from trainers.system import Card, Encoder, Learner, Noise, Sample, System, TrainStage, named, plain
-from trainers.vdm import VDM, Backbone, Conditioning, check_buckets, drawn
+from trainers.lora import add_lora, lora_state, save_lora
+from trainers.system import (
+    Card,
+    Encoder,
+    Learner,
+    Noise,
+    Sample,
+    System,
+    TrainStage,
+    named,
+    write_pipeline,
+)
+from trainers.vdm import PARTS, VDM, Backbone, Conditioning, check_buckets, drawn
 
 _log = logging.getLogger(__name__)
 GROUPS = {"image": ("adapter", "lora"), "domain": ("adapter",), "motion": ("lora",)}
 """What each stage trains."""
 STAGES = tuple(GROUPS)
 LORA, MOTION_LORA = "rise", "rise_motion"
-LORA_FILES = {LORA: "pytorch_lora_weights.safetensors", MOTION_LORA: "motion_lora.safetensors"}
+MOTION_FOLDER = "motion_lora"
 INSTRUCTIONS = Path(__file__).parents[1] / "engine" / "instructions"
 
 
@@ -100,36 +108,43 @@ class Rise(System):
         )
         null_LD = null_of(vdm.encode_text([""])[0], self.length)
         adapter = RephrasingAdapter(self.lm.width(), vdm.text_dim, null_LD, self.adapter)
-        add_lora(vdm.denoiser, rank=self.rank, targets=vdm.lora_targets, name=LORA)
+        self._add_lora(vdm, LORA, vdm.lora_targets, stage.seed)
         if stage.name == "motion" and self.motion_lora:
-            add_lora(
-                vdm.denoiser, rank=self.rank, targets=vdm.motion_lora_targets, name=MOTION_LORA
-            )
+            self._add_lora(vdm, MOTION_LORA, vdm.motion_lora_targets, stage.seed)
         module = RiseModule(vdm, adapter.to(device), self.text_dropout)
         for parent in ("image", "domain"):  # which trained the adapter alone: its own comes last
             _adopt(module, parents.get(parent, {}))
         return RiseLearner(module, GROUPS[stage.name])
 
-    def export(self, results: Mapping[str, Mapping[str, Tensor]], folder: Path) -> Card:
+    def _add_lora(self, vdm: VDM, name: str, targets: Sequence[str], seed: int) -> None:
+        add_lora(vdm.denoiser, self.rank, self.rank, targets, name, seed=seed)
+
+    def export(
+        self,
+        results: Mapping[str, Mapping[str, Tensor]],
+        stages: Sequence[TrainStage],
+        folder: Path,
+    ) -> Card:
         """Writes the adapter, the LoRA, the instructions, and what the pipeline is made of."""
         image = results["image"]
         newest = results.get("motion", image)
         files = {
             "adapter.safetensors": "the Rephrasing Adapter of stage image, and the null sequence",
+            "pytorch_lora_weights.safetensors": "LoRA, for diffusers' load_lora_weights",
             "instructions/": "what the LLM is told, by mode",
             "pipeline.json": "base models and sizes",
         }
         save_file(_below("adapter.", image), folder / "adapter.safetensors")
-        for name, file in LORA_FILES.items():
-            weights = {n: t for n, t in _below("denoiser.", newest).items() if f".{name}." in n}
-            if weights:
-                save_lora(weights, folder / file, name=name, kind=self.vdm.kind, rank=self.rank)
-                files[file] = "LoRA in diffusers' layout, for load_lora_weights"
+        denoiser = _below("denoiser.", newest)
+        part = PARTS[self.vdm.kind]
+        save_lora(lora_state(denoiser, LORA), folder, alpha=self.rank, part=part)
+        if any(f".{MOTION_LORA}." in name for name in denoiser):
+            (folder / MOTION_FOLDER).mkdir()
+            state = lora_state(denoiser, MOTION_LORA)
+            save_lora(state, folder / MOTION_FOLDER, alpha=self.rank, part=part)
+            files[f"{MOTION_FOLDER}/"] = "LoRA of the motion modules"
         shutil.copytree(INSTRUCTIONS, folder / "instructions")
-        stages = [stage for stage in STAGES if stage in results]
-        about = {"format": 1, "system": "rise", "stages": stages, "rise": self.portable()}
-        text = json.dumps(about, indent=1)
-        (folder / "pipeline.json").write_text(text, encoding="utf-8")
+        write_pipeline(folder, "rise", self, stages)
         return Card(
             title="RISE-T2V",
             paper="RISE-T2V: Rephrasing and Injecting Semantics with LLM for Expansive"
@@ -147,18 +162,11 @@ class Rise(System):
             ),
         )
 
-    def portable(self) -> dict[str, Any]:
-        """What `from_portable` takes, as JSON values; weights by name."""
-        return plain(dataclasses.asdict(self))
-
     @classmethod
     def from_portable(cls, about: Mapping[str, Any]) -> Rise:
         """The system that an export names."""
-        lm, vdm = dict(about["lm"]), dict(about["vdm"])
-        lm["weights"] = Weights(**lm["weights"])
-        vdm["base"] = Weights(**vdm["base"])
-        vdm["motion"] = Weights(**vdm["motion"]) if vdm["motion"] else None
-        return cls(**dict(about) | {"lm": LanguageModel(**lm), "vdm": Backbone(**vdm)})
+        lm = LanguageModel(**about["lm"] | {"weights": Weights(**about["lm"]["weights"])})
+        return cls(**dict(about) | {"lm": lm, "vdm": Backbone.from_portable(about["vdm"])})
 
 
 class RiseModule(nn.Module):

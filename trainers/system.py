@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from engine.weights import Weights
+
+EXPORT_FORMAT = 1
+"""Layout of an export; raised when an older reader could misread it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,11 +258,17 @@ class System(ABC):
         """
 
     @abstractmethod
-    def export(self, results: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> Card:
+    def export(
+        self,
+        results: Mapping[str, Mapping[str, torch.Tensor]],
+        stages: Sequence[TrainStage],
+        folder: Path,
+    ) -> Card:
         """Writes what a pipeline loads into a folder.
 
         Args:
-            results: By stage, in the recipe's order, the parameters that it trained.
+            results: By stage, the parameters that it trained.
+            stages: Those stages, in the recipe's order.
             folder: An empty one.
         """
 
@@ -290,3 +300,50 @@ def named(weights: Weights) -> str:
     if Path(weights.at).expanduser().exists():
         return Path(weights.at).name
     return weights.at + (f" at {weights.revision}" if weights.revision else "")
+
+
+def write_pipeline(
+    folder: Path, system_name: str, system: System, stages: Sequence[TrainStage]
+) -> None:
+    """Writes `pipeline.json`: the system as it was trained, and the shape of its videos."""
+    last = stages[-1].data
+    bucket = max(last.buckets, key=lambda b: b.pixels)
+    about = {
+        "format": EXPORT_FORMAT,
+        "system": system_name,
+        "stages": [stage.name for stage in stages],
+        "video": {**dataclasses.asdict(bucket), "fps": last.fps},
+        system_name: dataclasses.asdict(system),
+    }
+    text = json.dumps(about, indent=1)
+    (folder / "pipeline.json").write_text(text, encoding="utf-8")
+
+
+def system_of(folder: Path) -> str:
+    """Which system an export is of; raises ValueError where it is none."""
+    return _about(folder)["system"]
+
+
+def read_pipeline(folder: Path, system_name: str) -> dict[str, Any]:
+    """What `write_pipeline` wrote.
+
+    Raises:
+        ValueError: It is no export, of another system, or of a newer layout.
+    """
+    about = _about(folder)
+    if about["system"] != system_name:
+        raise ValueError(f"{folder} is an export of {about['system']}, not of {system_name}")
+    return about
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    path = folder / "pipeline.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no export (it has no pipeline.json): make one with"
+            " `python -m trainers export RUN FOLDER`"
+        )
+    about = json.loads(path.read_text(encoding="utf-8"))
+    if about["format"] > EXPORT_FORMAT:
+        raise ValueError(f"{folder} has layout {about['format']}: update this program")
+    return about

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+
+from trainers.parallel import World
 
 DENSE_BF16_TFLOPS = {
     "H200": 989.4,
@@ -90,3 +94,12 @@ class Meter:
             found["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self.reset()
         return found
+
+
+def note_machine(stage: Path, world: World) -> None:
+    """Writes `machine.json`: on what the stage was trained last."""
+    kind = "CPU"
+    if world.device.type == "cuda":
+        kind = torch.cuda.get_device_name(world.device)
+    noted = {"hardware": f"{world.size} × {kind}", "torch": torch.__version__}
+    (stage / "machine.json").write_text(json.dumps(noted), encoding="utf-8")

@@ -9,9 +9,9 @@ columns; L text positions, D their width, K scenes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.weights import Weights
 
@@ -31,6 +31,13 @@ class Conditioning:
     """How much of each scene a frame follows, rows summing to 1: one-hot for a schedule of steps,
     else interpolated. None is one scene. F counts the video's frames; a latent frame follows the
     mean of the frames that it holds."""
+
+
+PARTS: dict[str, Literal["unet", "transformer"]] = {
+    "animatediff": "unet",
+    "cogvideox": "transformer",
+}
+"""What diffusers calls the denoiser of each kind of model."""
 
 
 class VDM(ABC):
@@ -176,8 +183,6 @@ class Backbone:
     motion: Weights | None = None
     """AnimateDiff's motion adapter."""
 
-    KINDS: ClassVar[tuple[str, ...]] = ("animatediff", "cogvideox")
-
     def load(self, *, video: bool, device: torch.device, dtype: torch.dtype) -> VDM:
         """The model, its parts to be loaded when used."""
         if self.kind == "animatediff":
@@ -197,6 +202,12 @@ class Backbone:
         else:
             from trainers.cogvideox import facts
         return facts(self.base, self.motion)
+
+    @classmethod
+    def from_portable(cls, about: Mapping[str, Any]) -> Backbone:
+        """The model that an export names: `dataclasses.asdict` of one."""
+        motion = Weights(**about["motion"]) if about["motion"] else None
+        return cls(kind=about["kind"], base=Weights(**about["base"]), motion=motion)
 
     def describe(self) -> dict[str, Any]:
         """What tells this model from others, as JSON values."""
