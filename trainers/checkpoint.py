@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -32,11 +33,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from trainers.job import FINAL
 from trainers.parallel import World
 from trainers.system import plain
 
 MARKER = "COMPLETE"
-FINAL = "final.safetensors"
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
 _WHOLE = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
 
@@ -73,8 +74,9 @@ class Checkpoints:
         self._stage, self._world, self._keep, self._beside = stage, world, keep, beside
         self._saving: tuple[int, dict[str, Any], Future[Any]] | None = None
         # what saves in a thread may not share the training's group
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self.stalled_s = 0.0
+        group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._how: dict[str, Any] = {"process_group": group, "no_dist": world.size == 1}
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
     def save(
         self,
@@ -93,21 +95,10 @@ class Checkpoints:
         state = _state(module, optimizer, average)
         noted = dict(facts) | {"step": step}
         if self._beside:
-            saving = dcp.async_save(
-                state,
-                checkpoint_id=folder,
-                process_group=self._group,
-                no_dist=self._world.size == 1,
-            )
-            self._saving = (step, noted, saving)
-            return
-        dcp.save(
-            state,
-            checkpoint_id=folder,
-            process_group=self._group,
-            no_dist=self._world.size == 1,
-        )
-        self._mark(step, noted)
+            self._saving = (step, noted, dcp.async_save(state, checkpoint_id=folder, **self._how))
+        else:
+            dcp.save(state, checkpoint_id=folder, **self._how)
+            self._mark(step, noted)
 
     def finish(self) -> None:
         """Waits for the save that is under way, and marks it as whole."""
@@ -143,12 +134,7 @@ class Checkpoints:
         """Loads the state after `step` steps in place; gives what was noted with it."""
         folder = folder_of(self._stage, step)
         state = _state(module, optimizer, average)
-        dcp.load(
-            state,
-            checkpoint_id=folder,
-            process_group=self._group,
-            no_dist=self._world.size == 1,
-        )
+        dcp.load(state, checkpoint_id=folder, **self._how)
         set_state_dict(
             module,
             optimizer,

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from engine.weights import digest
 from trainers.system import System, TrainStage, plain
 
 if TYPE_CHECKING:
     from trainers.dataset import Manifest
+
+
+FINAL = "final.safetensors"
+"""What a stage trained, in its folder when it has ended."""
 
 
 class Stopped(RuntimeError):

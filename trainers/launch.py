@@ -182,24 +182,25 @@ def _watched(job: Job, watch: Watch | None) -> Iterator[None]:
     if watch is None:
         yield
         return
-    ended = threading.Event()
+    ended, seen = threading.Event(), -1
 
     def look() -> None:
-        seen = -1
-        while not ended.wait(POLL_S):
-            line = tracking.last(job.folder)
-            if line and line["step"] != seen:
-                seen = line["step"]
-                done = seen + 1
-                progress = Progress(
-                    stage=job.stage.name, step=done, steps=job.stage.steps, figures=line
-                )
-                watch(progress)
+        nonlocal seen
+        line = tracking.last(job.folder)
+        if line and line["step"] != seen:
+            seen = line["step"]
+            steps = job.stage.steps
+            watch(Progress(stage=job.stage.name, step=seen + 1, steps=steps, figures=line))
 
-    thread = threading.Thread(target=look, daemon=True)
+    def go_on() -> None:
+        while not ended.wait(POLL_S):
+            look()
+
+    thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
+        look()

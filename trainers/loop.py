@@ -54,6 +54,7 @@ def train(job: Job, world: World, manifest: Manifest | None = None) -> int:
         ValueError: What was asked for does not fit; `launch.check` says so before any work.
     """
     manifest = manifest or read_manifest(job.root, job.stage.data)
+    parents = {name: _trained_before(Path(job.out) / name) for name in job.stage.after}
     config = job.config(manifest)
     if world.leads:
         claim(job.folder, config)
@@ -62,7 +63,6 @@ def train(job: Job, world: World, manifest: Manifest | None = None) -> int:
     if world.leads:
         note_machine(job.folder, world)
     _prepare(job.options, job.stage.seed, world)
-    parents = {name: _trained_before(Path(job.out) / name) for name in job.stage.after}
     learner = job.system.learner(job.stage, world.device, parents)
     trainer = Trainer(job, world, manifest, learner)
     start = max(complete(job.folder), default=0)
