@@ -1,0 +1,107 @@
+"""The loop under Ray Train: workers that share steps, and workers that die."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import learners
+import pytest
+import ray
+import small_sets
+import torch
+from learners import Denoise, job, make_pictures
+
+from engine.session import connected
+from trainers import launch, tracking
+from trainers.checkpoint import load_final
+from trainers.job import Job, Stopped
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def session(cluster) -> Iterator[None]:
+    """The session's cluster, with the test's own system sent along by value."""
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = cluster.address
+    for module in (learners, small_sets):
+        ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        with connected():
+            yield
+    finally:
+        for module in (learners, small_sets):
+            ray.cloudpickle.unregister_pickle_by_value(module)
+        os.environ.pop("RAY_ADDRESS")
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def alone(root: str, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The run in this process."""
+    whole = job(root, tmp_path_factory.mktemp("alone"), torch_threads=1)
+    threads = torch.get_num_threads()
+    launch.alone(whole)
+    torch.set_num_threads(threads)
+    return whole
+
+
+def losses(job: Job) -> list[float]:
+    lines = tracking.read(job.folder)
+    assert [line["step"] for line in lines] == list(range(job.stage.steps))
+    return [line["loss"] for line in lines]
+
+
+def results(job: Job) -> dict[str, torch.Tensor]:
+    found = load_final(job.folder)
+    assert found
+    return found[1]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_workers_are_as_one(
+    session: None, alone: Job, root: str, tmp_path: Path, parallel: str
+) -> None:
+    shared = job(root, tmp_path, parallel=parallel, torch_threads=1)
+    assert launch.on_ray(shared, 2) == 0
+    assert losses(shared) == pytest.approx(losses(alone), rel=1e-5)
+    assert [line["num_first_slots"] for line in tracking.read(shared.folder)] == [1] * 12
+    a, b = results(shared), results(alone)
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+    assert not list(tmp_path.glob(".ray-*")), "Ray's own folder is gone"
+    # what two workers saved, one goes on with
+    more = job(root, tmp_path, stage={"steps": 14}, parallel="ddp", torch_threads=1)
+    assert launch.alone(more) == 12
+    assert len(losses(more)) == 14
+
+
+def test_a_killed_worker_changes_nothing(session: None, root: str, tmp_path: Path) -> None:
+    """Two workers, one of them killed at a step of no one's choice."""
+    quiet = job(root, tmp_path / "quiet", torch_threads=1)
+    launch.on_ray(quiet, 2)
+    step, rank = random.randrange(12), random.randrange(2)
+    flag = tmp_path / "killed"
+    system = Denoise(kill_at=step, kill_flag=str(flag), kill_rank=rank)
+    killed = job(root, tmp_path / "killed-run", system=system, torch_threads=1)
+    launch.on_ray(killed, 2)
+    assert flag.exists(), f"rank {rank} died at step {step}"
+    assert losses(killed) == losses(quiet), f"killed: rank {rank}, step {step}"
+    a, b = results(killed), results(quiet)
+    assert all(torch.equal(a[n], b[n]) for n in b)
+
+
+def test_what_stops_a_run_is_one_line(session: None, root: str, tmp_path: Path) -> None:
+    burst = job(root, tmp_path, system=Denoise(burst_from=2), patience=3, torch_threads=1)
+    with pytest.raises(Stopped, match="not finite for 3 steps in a row, the last being 4"):
+        launch.on_ray(burst, 2)
+    with pytest.raises(Stopped, match="width: 16 there, 8 asked for") as said:
+        launch.on_ray(job(root, tmp_path, system=Denoise(width=8)), 1, max_failures=0)
+    assert "\n" not in str(said.value)
