@@ -90,7 +90,11 @@ def cluster() -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="rw", dir="/tmp")  # short: it holds sockets
     repository, home = Path(folder, "repository"), Path(folder, "home")
     home.mkdir()
-    for name in ("engine", "pipelines", "trainers"):  # as it lies on a cluster's machines, not installed
+    for name in (
+        "engine",
+        "pipelines",
+        "trainers",
+    ):  # as it lies on a cluster's machines, not installed
         shutil.copytree(
             REPOSITORY / name, repository / name, ignore=shutil.ignore_patterns("__pycache__")
         )
@@ -390,3 +394,31 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the small checkpoints of this session are built, in place of the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def quadruples(
+    samples: Path, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory, run_in_session: Run
+) -> Path:
+    """A dataset that curate.py made of some samples, with the pairs that recaption.py made."""
+    src, dst = tmp_path_factory.mktemp("some"), tmp_path_factory.mktemp("quadruples") / "set"
+    chosen = "coins coffee_pan astronaut_zoom two_to_one wide square vfr turned motorcycle_hd"
+    for path in samples.iterdir():
+        if path.stem in chosen.split():
+            shutil.copy(path, src)
+    home = {"XDG_CACHE_HOME": str(tiny_home)}
+    made = run_in_session("curate", "--src", src, "--dst", dst, "--json", env=home)
+    assert made.code == 0, made.err
+
+    paired = run_in_session("recaption", "--src", dst, "--models", "tiny", "--json", env=home)
+    assert paired.code == 0, paired.err
+    return dst

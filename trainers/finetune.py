@@ -48,7 +48,8 @@ class Finetune(System):
         """Raises ValueError where the model is missing or shapes do not meet."""
         if stage.name != "motion":
             raise ValueError(f"fine-tuning has the stage motion, and no {stage.name!r}")
-        check_buckets(stage.data.buckets, self.vdm.facts(), self.vdm.base.at)
+        self.vdm.facts()
+        check_buckets(self.vdm, stage.data.buckets)
 
     def encoders(self, stage: TrainStage) -> tuple[Encoder, ...]:
         """The VAE and the model's own text encoder."""

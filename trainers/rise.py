@@ -86,7 +86,7 @@ class Rise(System):
             )
         if self.motion_lora and self.vdm.motion is None:
             raise ValueError(f"motion_lora: {self.vdm.base.at} has no motion modules of its own")
-        check_buckets(stage.data.buckets, facts, self.vdm.base.at)
+        check_buckets(self.vdm, stage.data.buckets)
 
     def encoders(self, stage: TrainStage) -> tuple[Encoder, ...]:
         """The VAE, the LLM's tokens, and its states over them."""

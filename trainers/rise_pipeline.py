@@ -250,7 +250,7 @@ class RisePipeline:
             instruction,
             prompts,
             languages=languages,
-            max_new_tokens=limit * (instruction.scenes or 1),
+            max_new_tokens=limit * (instruction.scenes or 1) + 1,  # the last has no state
             sample=seeds is not None,
             seeds=seeds,
             progress=lambda n: progress("rephrasing", n, limit),

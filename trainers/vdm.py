@@ -215,22 +215,16 @@ class Backbone:
         return {"kind": self.kind, "base": self.base.describe(), "motion": motion}
 
 
-def check_buckets(buckets: Sequence[Bucket], facts: Facts, model: str) -> None:
-    """Raises ValueError where a model cannot take videos of a bucket's shape."""
+def check_buckets(vdm: Backbone, buckets: Sequence[Bucket]) -> None:
+    """Raises ValueError where a model cannot take videos of a bucket's shape; loads no weights."""
+    import torch
+
+    model = vdm.load(video=True, device=torch.device("cpu"), dtype=torch.float32)
     for bucket in buckets:
-        sides = (bucket.height_px, bucket.width_px)
-        if any(side % facts.pixels_per_latent for side in sides):
-            raise ValueError(
-                f"bucket {bucket}: {model} takes sides that are multiples of"
-                f" {facts.pixels_per_latent} px"
-            )
-        if (bucket.frames - 1) % facts.frames_per_latent:
-            raise ValueError(
-                f"bucket {bucket}: {model} takes 1 frame, or 1 and a multiple of"
-                f" {facts.frames_per_latent}"
-            )
-        if facts.max_frames is not None and bucket.frames > facts.max_frames:
-            raise ValueError(f"bucket {bucket}: {model} reaches {facts.max_frames} frames")
+        try:
+            model.latent_shape(bucket.frames, bucket.height_px, bucket.width_px)
+        except ValueError as error:
+            raise ValueError(f"bucket {bucket}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,492 @@
+"""RISE-T2V from a curated dataset to videos: both architectures, every stage, the baselines."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.weights import tiny_folder
+from trainers import launch, tracking
+from trainers.adapter import RephrasingAdapter, null_of, padded
+from trainers.checkpoint import load_final
+from trainers.export import export
+from trainers.job import Job, Options
+from trainers.recipes import NAMES, Recipe, make_tiny, recipe, with_settings, with_stages
+from trainers.rise import LORA, Rise
+from trainers.rise_pipeline import Generated, RisePipeline, load_pipeline, shares_of
+from trainers.system import Noise
+from trainers.vdm import Conditioning
+
+REPOSITORY = Path(__file__).parents[1]
+SYSTEMS = ("rise_animatediff", "rise_cogvideox", "baseline_finetune")
+
+
+@pytest.fixture(scope="module")
+def small(tiny_home: Path) -> None:
+    make_tiny()
+
+
+def train(found: Recipe, root: Path, out: Path, **options: object) -> None:
+    chosen = Options(**{"trackers": (), "log_every": 1, "micro_batch": 2} | options)  # type: ignore[arg-type]
+    for stage in found.stages:
+        job = Job(
+            recipe=found.name,
+            system=found.system,
+            stage=stage,
+            root=str(root),
+            out=str(out),
+            options=chosen,
+        )
+        launch.check(job, 1)
+        launch.alone(job)
+
+
+@dataclasses.dataclass
+class Trained:
+    """A run of a recipe, and its export."""
+
+    recipe: Recipe
+    run: Path
+    export: Path
+
+    def stage(self, name: str) -> dict[str, torch.Tensor]:
+        found = load_final(self.run / name)
+        assert found
+        return found[1]
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def trained(
+    request: pytest.FixtureRequest,
+    small: None,
+    quadruples: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Trained:
+    found = recipe(f"tiny_{request.param}")
+    folder = tmp_path_factory.mktemp(request.param)
+    train(found, quadruples, folder / "run")
+    export(found, folder / "run", folder / "export")
+    return Trained(found, folder / "run", folder / "export")
+
+
+@pytest.fixture(scope="module")
+def rise(trained: Trained) -> Trained:
+    if not isinstance(trained.recipe.system, Rise):
+        pytest.skip("of RISE alone")
+    return trained
+
+
+@pytest.fixture(scope="module")
+def pipe(rise: Trained) -> RisePipeline:
+    return RisePipeline.from_export(rise.export)
+
+
+def test_losses_fall(trained: Trained) -> None:
+    for stage in trained.recipe.stages:
+        losses = [line["loss"] for line in tracking.read(trained.run / stage.name)]
+        assert len(losses) == stage.steps
+        if stage.steps >= 10:
+            third = len(losses) // 3
+            assert np.mean(losses[-third:]) < np.mean(losses[:third]), stage.name
+
+
+def test_each_stage_trains_its_own(trained: Trained) -> None:
+    """A stage's result names what it trained; what an earlier one trained stays as it was."""
+    names = {stage.name: set(trained.stage(stage.name)) for stage in trained.recipe.stages}
+    adapter = {n for n in names.get("image", ()) if n.startswith("adapter.")}
+    lora = {n for n in names["motion"] if ".lora_" in n}
+    assert lora == names["motion"]
+    if isinstance(trained.recipe.system, Rise):
+        assert names["image"] == adapter | lora and names["domain"] == adapter
+        image, domain, motion = (trained.stage(n) for n in ("image", "domain", "motion"))
+        assert any(not torch.equal(image[n], domain[n]) for n in adapter)
+        moved = [n for n in lora if not torch.equal(image[n], motion[n])]
+        assert len(moved) == len(lora), "the LoRA of image went on"
+
+
+@pytest.mark.parametrize("stage_name", ["image", "domain", "motion"])
+@pytest.mark.parametrize("name", ["rise_animatediff", "rise_cogvideox"])
+def test_frozen_weights_are_bitwise_unchanged(
+    small: None, quadruples: Path, tmp_path: Path, name: str, stage_name: str
+) -> None:
+    """Trains one step of a stage with everything in view."""
+    from trainers.dataset import read_manifest
+    from trainers.loop import Trainer
+    from trainers.parallel import World
+
+    found = with_settings(recipe(f"tiny_{name}"), [f"{stage_name}.steps=2", "image.lr=0.1"])
+    stage = dataclasses.replace(found.stage(stage_name), after=())
+    job = Job(
+        recipe=name,
+        system=found.system,
+        stage=stage,
+        root=str(quadruples),
+        out=str(tmp_path),
+        options=Options(trackers=()),
+    )
+    learner = found.system.learner(stage, torch.device("cpu"), {})
+    before = {n: t.clone() for n, t in learner.module.state_dict().items()}
+    job.folder.mkdir(parents=True)
+    world = World(device=torch.device("cpu"))
+    Trainer(job, world, read_manifest(str(quadruples), stage.data), learner).run(0, {})
+    after = learner.module.state_dict()
+    changed = {n for n in after if not torch.equal(after[n], before[n])}
+    grouped = {n for names in learner.groups.values() for n in names}
+    assert changed <= grouped and changed, changed - grouped
+    wanted = {"image": {"adapter", "lora"}, "domain": {"adapter"}, "motion": {"lora"}}
+    kinds = {"adapter" if n.startswith("adapter.") else "lora" for n in changed}
+    assert kinds == wanted[stage_name]
+
+
+@pytest.mark.parametrize("name", ["rise_animatediff", "rise_cogvideox"])
+def test_the_base_model_is_untouched_at_the_start(small: None, name: str) -> None:
+    """With the null sequence a fresh RISE is the base model with its empty prompt, bit for bit."""
+    found = recipe(f"tiny_{name}")
+    for stage in found.stages:
+        module = found.system.learner(
+            dataclasses.replace(stage, after=()), torch.device("cpu"), {}
+        ).module
+        plain = found.system.vdm.load(
+            video=stage.name == "motion", device=torch.device("cpu"), dtype=torch.float32
+        )
+        bucket = stage.data.buckets[0]
+        shape = plain.latent_shape(bucket.frames, bucket.height_px, bucket.width_px)
+        noisy = Noise(0, 0, [0]).normal("x", shape)
+        null_LD = module.adapter.null_LD.detach()
+        own = plain.encode_text([""])[0]
+        assert torch.equal(null_LD[: len(own)], own)
+        text, at = Conditioning(null_LD[None, None]), torch.tensor([500])
+        with torch.no_grad():
+            said = module.vdm.denoise(noisy, at, text)
+            assert torch.equal(said, plain.denoise(noisy, at, text))
+            nothing = module.adapter(torch.zeros(1, len(null_LD), 64), torch.tensor([0]))
+        assert torch.equal(nothing[0], null_LD)
+
+
+def test_the_exported_adapter_is_of_the_image_stage(rise: Trained) -> None:
+    exported = load_file(rise.export / "adapter.safetensors")
+    image = {
+        n.removeprefix("adapter."): t
+        for n, t in rise.stage("image").items()
+        if n.startswith("adapter.")
+    }
+    assert exported.keys() == image.keys()
+    assert all(torch.equal(exported[n], image[n]) for n in image)
+    part = {"animatediff": "unet", "cogvideox": "transformer"}[rise.recipe.system.vdm.kind]
+    lora = load_file(rise.export / "pytorch_lora_weights.safetensors")
+    motion = rise.stage("motion")
+    assert len(lora) == len(motion)
+    for name, tensor in lora.items():
+        own = name.replace(f"{part}.", "denoiser.", 1).replace(".weight", f".{LORA}.weight")
+        assert torch.equal(tensor, motion[own])
+
+
+def test_an_export_says_what_it_is(trained: Trained) -> None:
+    card = (trained.export / "README.md").read_text()
+    assert "MEANINGLESS" in card and "Not evaluated" in card and trained.recipe.name in card
+    facts = json.loads((trained.export / "training.json").read_text())
+    assert list(facts) == [s.name for s in trained.recipe.stages]
+    for name, fact in facts.items():
+        assert fact["trained_parameters"] == sum(t.numel() for t in trained.stage(name).values())
+        assert fact["data_hash"] in card and fact["config"]["data"]["samples"] > 0
+    about = json.loads((trained.export / "pipeline.json").read_text())
+    assert about["video"]["fps"] == 8.0
+    with pytest.raises(ValueError, match="is there and not empty"):
+        export(trained.recipe, trained.run, trained.export)
+
+
+def test_an_export_gives_the_same_pixels(trained: Trained) -> None:
+    first, again = (load_pipeline(trained.export) for _ in range(2))
+    kind = RisePipeline if isinstance(trained.recipe.system, Rise) else type(first)
+    assert isinstance(first, kind)
+    one, two = (p("a red bus", steps=3, seed=4) for p in (first, again))
+    assert isinstance(one, Generated) and isinstance(two, Generated)
+    assert one.video.dtype == np.uint8 and one.video.std() > 0
+    assert np.array_equal(one.video, two.video) and one.rephrased == two.rephrased
+    other = first("a red bus", steps=3, seed=5)
+    assert not np.array_equal(one.video, other.video)
+
+
+def test_what_was_trained_changes_the_video(rise: Trained, pipe: RisePipeline) -> None:
+    text = pipe.condition(["a red bus"]).conditioning
+    fresh = RephrasingAdapter(
+        64, pipe.vdm.text_dim, pipe.adapter.null_LD, rise.recipe.system.adapter
+    )
+    assert not torch.equal(fresh.layers[1].net[2].weight, pipe.adapter.layers[1].net[2].weight)
+    assert text.tokens_BKLD.shape[1] == 1 and text.shares_BFK is None
+
+
+def test_a_batch_is_its_members(pipe: RisePipeline) -> None:
+    prompts = ["a red bus", "two cats on a long wooden wall"]
+    both = pipe(prompts, steps=2, seed=[3, 9])
+    for prompt, seed, made in zip(prompts, (3, 9), both, strict=True):
+        alone = pipe(prompt, steps=2, seed=seed)
+        assert alone.rephrased == made.rephrased
+        assert np.abs(alone.video.astype(int) - made.video.astype(int)).max() <= 1
+
+
+def test_conditioning_is_the_adapter_on_the_states_of_generation(pipe: RisePipeline) -> None:
+    """Nothing is encoded again: the LLM is called for the prompt and for each token, no more."""
+    fed = []
+    hook = pipe.lm.model.get_decoder().register_forward_hook(
+        lambda module, args, kwargs, output: fed.append(output.last_hidden_state.shape[1]),
+        with_kwargs=True,
+    )
+    text = pipe.condition(["a red bus"])
+    hook.remove()
+    (said,) = text.rephrased
+    assert len(fed) <= said.num_tokens + 2 and fed[-1] == 1
+    states, length = padded([said.states_SD[said.scenes[0].span]], pipe.adapter.length)
+    with torch.no_grad():
+        expected = pipe.adapter(states, length)
+    assert torch.equal(text.conditioning.tokens_BKLD[:, 0], expected)
+    tail = expected[0, int(length[0]) :]
+    assert torch.equal(tail, pipe.adapter.null_LD[int(length[0]) :])
+
+
+def test_training_saw_the_states_that_generation_has(pipe: RisePipeline) -> None:
+    """Teacher forcing over what was generated gives the same conditioning."""
+    (said,) = pipe.condition(["a red bus"]).rephrased
+    instruction = pipe.instructions["dense"]
+    ids = pipe.lm.tokenized(instruction.text, None, "a red bus")
+    ids = dataclasses.replace(ids, answer=said.generated)
+    (forced,) = pipe.lm.teacher_forced([ids])
+    assert torch.allclose(forced[said.kept], said.states_SD, atol=1e-5)
+
+
+def test_modes(pipe: RisePipeline) -> None:
+    multilingual = pipe("Un adorable chiot est sur le sol.", mode="multilingual", steps=1)
+    assert multilingual.notes[0] == "taken for French"
+    told = pipe("Un chiot", mode="multilingual", language="Occitan", steps=1)
+    assert not any("taken for" in note for note in told.notes)
+    two_stage = pipe("a red bus", mode="two_stage", steps=2)
+    assert two_stage.rephrased == pipe("a red bus", steps=1).rephrased
+    assert set(two_stage.timings) == {"rephrase_s", "text_s", "denoise_s", "decode_s"}
+
+
+def test_two_stage_is_the_base_model(rise: Trained, pipe: RisePipeline) -> None:
+    """Of table 2: the model's own encoder on the rephrased text, and no LoRA."""
+    made = pipe("a red bus", mode="two_stage", steps=2, seed=1)
+    vdm = rise.recipe.system.vdm.load(video=True, device=torch.device("cpu"), dtype=torch.float32)
+    size = pipe.size
+    shape = vdm.latent_shape(size.frames, size.height_px, size.width_px)
+    latents = vdm.generate(
+        Conditioning(vdm.encode_text([made.rephrased])[:, None]),
+        vdm.encode_text([""])[0],
+        Noise(1, 0, [0]).normal("latents", shape),
+        steps=2,
+        guidance_scale=7.5,
+    )
+    assert np.array_equal(vdm.decode(latents)[0].numpy(), made.video)
+    assert not np.array_equal(pipe("a red bus", steps=2, seed=1).video, made.video)
+
+
+def test_shares() -> None:
+    step = shares_of(2, 5, "step")
+    assert step[:, 0].tolist() == [1, 1, 1, 0, 0]
+    smooth = shares_of(2, 5, "interpolated")
+    assert smooth[:, 1].tolist() == [0, 0.25, 0.5, 0.75, 1]
+    three = shares_of(3, 5, "interpolated")
+    assert three.tolist() == [[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.5, 0.5], [0, 0, 1]]
+    for found in (
+        shares_of(4, 16, "step"),
+        shares_of(4, 16, "interpolated"),
+        shares_of(1, 3, "step"),
+    ):
+        assert torch.allclose(found.sum(1), torch.ones(len(found)))
+
+
+def test_scenes_reach_their_frames(pipe: RisePipeline) -> None:
+    """Two scenes in one prompt and one in another, in one batch."""
+    from trainers.language import Rephrased, Scene
+
+    def said(*spans: tuple[int, int]) -> Rephrased:
+        states = torch.randn(9, pipe.lm.width, generator=torch.Generator().manual_seed(1))
+        scenes = tuple(Scene("x", slice(*span)) for span in spans)
+        return Rephrased(
+            text="x", states_SD=states, scenes=scenes, generated=(1,) * 9, kept=slice(0, 9),
+            raw="x", stopped="eos", fault="", num_tokens=10, seconds=0.0,
+        )  # fmt: skip
+
+    with torch.no_grad():
+        text = pipe._adapted([said((0, 4), (5, 9)), said((0, 9))], 8, "step")
+    assert text.tokens_BKLD.shape[:2] == (2, 2)
+    assert text.shares_BFK[0, :, 0].tolist() == [1] * 4 + [0] * 4
+    assert text.shares_BFK[1, :, 0].tolist() == [1] * 8 and not text.shares_BFK[1, :, 1].any()
+    one = said((0, 4), (5, 9)).states_SD
+    states, length = padded([one[5:9]], pipe.adapter.length)
+    with torch.no_grad():
+        expected = pipe.adapter(states, length)[0]
+    assert torch.allclose(text.tokens_BKLD[0, 1], expected, atol=1e-6)
+
+
+def test_adapter_sizes() -> None:
+    """The figures that the paper's settings give: 4096 wide LLaMA-2 into 768 wide CLIP."""
+    with torch.device("meta"):
+        null = torch.zeros(256, 768)
+        sizes = {
+            kind: sum(
+                p.numel() for p in RephrasingAdapter(4096, 768, null, kind).layers.parameters()
+            )
+            for kind in ("geglu", "mlp")
+        }
+    assert round(sizes["geglu"] / 1e6, 1) == 228.9 and round(sizes["mlp"] / 1e6, 1) == 19.9
+    assert null_of(torch.arange(6.0).view(3, 2), 5)[:, 0].tolist() == [0, 2, 4, 4, 4]
+    assert null_of(torch.arange(6.0).view(3, 2), 2)[:, 0].tolist() == [0, 2]
+
+
+def test_a_text_that_is_cut_is_counted(small: None, quadruples: Path, tmp_path: Path) -> None:
+    found = with_stages(recipe("tiny_rise_animatediff"), ["image"])
+    found = dataclasses.replace(found, system=dataclasses.replace(found.system, length=4))
+    train(with_settings(found, ["image.steps=2"]), quadruples, tmp_path)
+    lines = tracking.read(tmp_path / "image")
+    assert [line["num_texts_cut"] for line in lines] == [4, 4]
+
+
+def test_encoded_features_are_others(small: None, quadruples: Path, tmp_path: Path) -> None:
+    """The ablation of figure 6 trains on other states, and so has other losses."""
+    first = []
+    for feature in ("rephrasing", "encoded"):
+        found = with_settings(
+            with_stages(recipe("tiny_rise_animatediff"), ["image"]), ["image.steps=1"]
+        )
+        system = dataclasses.replace(found.system, feature=feature)
+        train(dataclasses.replace(found, system=system), quadruples, tmp_path / feature)
+        first.append(tracking.read(tmp_path / feature / "image")[0]["loss"])
+    assert first[0] != first[1]
+
+
+def test_motion_modules_may_have_a_lora_of_their_own(
+    small: None, quadruples: Path, tmp_path: Path
+) -> None:
+    found = with_settings(
+        with_stages(recipe("tiny_rise_animatediff"), ["image", "motion"]),
+        ["image.steps=1", "motion.steps=2"],
+    )
+    found = dataclasses.replace(found, system=dataclasses.replace(found.system, motion_lora=True))
+    train(found, quadruples, tmp_path / "run")
+    export(found, tmp_path / "run", tmp_path / "export")
+    names = load_file(tmp_path / "export" / "motion_lora" / "pytorch_lora_weights.safetensors")
+    assert names and all("motion_modules" in name for name in names)
+    pipe = RisePipeline.from_export(tmp_path / "export")
+    assert pipe("a red bus", steps=1).video.std() > 0
+
+
+def test_gradients_computed_again_are_the_same(
+    small: None, quadruples: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for again in (False, True):
+        found = with_stages(recipe("tiny_rise_animatediff"), ["image"])
+        found = with_settings(found, ["image.steps=3"])
+        train(found, quadruples, tmp_path / str(again), gradient_checkpointing=again)
+        losses.append([line["loss"] for line in tracking.read(tmp_path / str(again) / "image")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_every_recipe_is_well_formed(tiny_home: Path) -> None:
+    for name in NAMES:
+        found = recipe(name)
+        ended: set[str] = set()
+        for stage in found.stages:
+            assert set(stage.after) <= ended, "a stage starts from those before it"
+            ended.add(stage.name)
+    paper = recipe("rise_animatediff")
+    assert [s.name for s in paper.stages] == ["image", "domain", "motion"]
+    image, _, motion = paper.stages
+    assert {o.lr for o in image.optim} == {5e-5} and {o.lr for o in motion.optim} == {1e-4}
+    assert {o.weight_decay for s in paper.stages for o in s.optim} == {0.01}
+    assert paper.system.rank == 128 and paper.system.length == 256
+    assert recipe("rise_cogvideox").system.length == 226
+    baseline = recipe("baseline_finetune").stages[0]
+    assert (baseline.data, baseline.steps, baseline.batch) == (
+        motion.data,
+        motion.steps,
+        motion.batch,
+    )
+
+
+def trainers(*arguments: object, home: Path) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "trainers", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=os.environ | {"XDG_CACHE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def refused(ran: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
+    assert ran.returncode == code, ran.stderr
+    lines = [line for line in ran.stderr.splitlines() if not line.startswith("recipe tiny")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), ran.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.mark.slow
+def test_the_commands(small: None, quadruples: Path, tiny_home: Path, tmp_path: Path) -> None:
+    few = ("--set", "image.steps=2", "motion.steps=2", "--stages", "image", "motion")
+    trained = trainers(
+        "train", "tiny_rise_animatediff", "--data", quadruples, "--out", tmp_path / "run",
+        "--local", *few, home=tiny_home,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert "image: 3 samples, 2 steps of 4" in trained.stderr
+    exported = trainers("export", tmp_path / "run", tmp_path / "export", home=tiny_home)
+    assert exported.returncode == 0, exported.stderr
+    made = trainers(
+        "generate", tmp_path / "export", "A red bus!", "a cat", "--steps", 2, "--out",
+        tmp_path / "videos", "--json", home=tiny_home,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    videos = json.loads(made.stdout)["videos"]
+    assert [Path(v["video"]).name for v in videos] == ["a-red-bus-0-0.mp4", "a-cat-0-1.mp4"]
+    import av
+
+    with av.open(videos[0]["video"]) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 8
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_line(
+    small: None, quadruples: Path, tiny_home: Path, tmp_path: Path
+) -> None:
+    tiny = tiny_folder()
+
+    def train_with(*more: object, data: object = quadruples, name: str = "tiny_rise_animatediff"):
+        arguments = ("train", name, "--data", data, "--out", tmp_path / "run", "--local", *more)
+        return trainers(*arguments, home=tiny_home)
+
+    refused(train_with(name="rice"), "no recipe 'rice'", "rise_animatediff")
+    refused(train_with("--llm", tmp_path), str(tmp_path))
+    refused(train_with("--video-model", tiny / "llama"), "llama")
+    refused(train_with("--video-model", tiny / "cogvideox"), "cogvideox")
+    refused(train_with("--llm", "nobody/nothing"), "hf download nobody/nothing")
+    refused(train_with(data=tmp_path), "holds no dataset")
+    refused(train_with("--set", "image.colour=red"), "image.colour=red", "steps")
+    refused(train_with("--trackers", "abacus"), "abacus")
+    refused(trainers("export", tmp_path, tmp_path / "x", home=tiny_home), "is no run")
+    refused(trainers("generate", tmp_path, "a cat", home=tiny_home), "is no export")
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_a_prompt_that_is_too_long_is_one_line(rise: Trained, pipe: RisePipeline) -> None:
+    with pytest.raises(ValueError, match=r"4[,.]?096") as said:
+        pipe("cat " * 5000, steps=1)
+    assert "\n" not in str(said.value)
+    with pytest.raises(ValueError, match="nearest"):
+        pipe("a cat", height=65, steps=1)
+    with pytest.raises(ValueError, match="of rise, not of finetune|of finetune, not of rise"):
+        from trainers.rise_pipeline import FinetunedPipeline
+
+        FinetunedPipeline.from_export(rise.export)
