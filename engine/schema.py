@@ -189,9 +189,10 @@ FEATURES = pa.schema(
     [
         field("feature_id", _text, "uuid5 of subject_id, kind, place and fingerprint"),
         field("subject_id", _text, "clip_id or pair_id that it was computed from"),
+        field("clip_id", _text, "clip that it is of: they are forgotten together"),
         field("kind", _text, "what it is: latents, tokens, states …"),
-        field("place", _text, "of frames: bucket, frame rate and variant; '' for texts"),
-        field("fingerprint", _text, "of the encoder"),
+        field("place", _text, "of frames: bucket, frame rate and variant; of texts: their hash"),
+        field("fingerprint", _text, "of the encoder and of those before it"),
         field("dtype", _text, "of the tensor, as torch names it: float32, bfloat16, int32 …"),
         field("shape", pa.list_(pa.int32()), "of the tensor"),
         field("data", pa.large_binary(), "the tensor's bytes, row-major, little-endian"),
