@@ -212,17 +212,17 @@ def cache(args: Cache) -> None:
     for stage in chosen.stages:
         chosen.system.check(stage)
         encoders = chosen.system.encoders(stage)
-        lacking = set(args.what) - {e.kind for e in encoders}
-        if lacking == set(args.what):
-            kinds = ", ".join(e.kind for e in encoders)
-            raise ValueError(f"--what {' '.join(args.what)}: {chosen.name} has {kinds}")
+        kinds = [e.kind for e in encoders]
+        wanted = [kind for kind in args.what if kind in kinds]
+        if not wanted:
+            raise ValueError(f"--what {' '.join(args.what)}: {chosen.name} has {', '.join(kinds)}")
         with _Bars() as bars:
             counts = fill(
                 root,
                 read_manifest(root, stage.data),
                 stage.data,
                 encoders,
-                kinds=args.what,
+                kinds=wanted,
                 connect=lambda: connected(args.workers),
                 workers=args.workers,
                 retry_failed=args.retry_failed,

@@ -267,8 +267,8 @@ class _Filling:
         cluster = ray.cluster_resources()
         needed = to_compute((), self.encoders, kinds)
         gpus, share = cluster.get("GPU", 0.0), self.num_gpus
-        if share is None:  # an encoder that asks for no share has not thought of it
-            share = max(e.num_gpus for e in needed) or 1.0
+        if share is None:
+            share = max(e.num_gpus for e in needed)
         most, share = (int(gpus / share), share) if gpus and share else (int(cluster["CPU"]), 0.0)
         limits = [most, self.workers, *(e.copies for e in needed)]
         return max(1, min(n for n in limits if n is not None)), {

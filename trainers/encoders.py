@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from engine.operator import resource
 from trainers.system import Encoder, Sample
 from trainers.vdm import Backbone
 
@@ -40,6 +41,7 @@ class Latents(Encoder):
 
     vdm: Backbone
     precision: Precision = "bf16"
+    num_gpus: float = resource(1.0)
 
     def on(self, device: torch.device) -> Callable[[Sequence[Sample]], list[torch.Tensor]]:
         """The function that encodes samples of one bucket."""
@@ -66,6 +68,7 @@ class BaseText(Encoder):
 
     vdm: Backbone
     precision: Precision = "bf16"
+    num_gpus: float = resource(1.0)
 
     def on(self, device: torch.device) -> Callable[[Sequence[Sample]], list[torch.Tensor]]:
         """The function that encodes texts."""
