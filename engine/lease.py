@@ -128,8 +128,8 @@ def _refuse_if_alive(root: str, uri: str, run_id: str) -> bool:
         return False
     raise DatasetError(
         f"{root} is in use by run {owner['run_id']} (process {owner['pid']} on {owner['host']}, "
-        f"last heard of {max(silent_s, 0):.0f} s ago): wait for it, stop it, or choose another"
-        f" --dst (it counts as gone after {owner['expiry_s']:.0f} s of silence)"
+        f"last heard of {max(silent_s, 0):.0f} s ago): wait for it, stop it, or name another"
+        f" folder (it counts as gone after {owner['expiry_s']:.0f} s of silence)"
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,19 @@ def test_a_checkpoint_that_was_cut_off_is_never_read(
     rest = job(root, tmp_path)
     assert launch.alone(rest) == 4
     assert losses(rest) == losses(undisturbed) and same_result(rest, undisturbed)
+
+
+def test_a_checkpoint_of_another_training_is_refused(
+    undisturbed: Job, root: str, tmp_path: Path
+) -> None:
+    other = job(root, tmp_path, system=Denoise(width=8), stage={"steps": 4})
+    launch.alone(other)
+    shutil.rmtree(folder_of(other.folder, 4))
+    shutil.copytree(folder_of(undisturbed.folder, 12), folder_of(other.folder, 12))
+    with pytest.raises(ValueError, match=r"step_00000012 is a checkpoint of another training"):
+        launch.check(other, 1)
+    with pytest.raises(ValueError, match="take it away"):
+        launch.alone(other)
 
 
 def test_only_the_newest_checkpoints_stay(root: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,7 @@ from rich.progress import (
 )
 
 from engine import command
+from engine.lease import Lease
 from engine.session import connected
 from engine.tables import DatasetError, LeaseLost
 from trainers.job import Job, Options, Stopped
@@ -182,14 +184,15 @@ def train(args: Train) -> None:
             root=command.destination(args.data),
             out=out,
             options=args.options,
+            largest_px=max(b.pixels for s in chosen.stages for b in s.data.buckets),
         )
         for stage in chosen.stages
     ]
     for job in jobs:
         manifest = launch.check(job, args.workers or 1)
         _say(job, manifest)
-    _note(out, args)
-    with _Bars() as bars:
+    with Lease(out, str(uuid.uuid4())), _Bars() as bars:
+        _note(out, args)
         if args.local:
             for job in jobs:
                 launch.alone(job, bars.train)
@@ -259,6 +262,8 @@ def generate(args: Generate) -> None:
     from trainers.rise_pipeline import load_pipeline
     from trainers.videos import write_mp4
 
+    if not args.prompt:
+        raise ValueError('no prompt: python -m trainers generate FOLDER "a prompt"')
     pipe = load_pipeline(Path(command.destination(args.export)), device=args.device)
     folder = Path(command.destination(args.out))
     folder.mkdir(parents=True, exist_ok=True)

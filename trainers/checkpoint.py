@@ -11,6 +11,7 @@ is written by all workers and read by any number of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -66,12 +67,14 @@ class Checkpoints:
     Args:
         stage: The stage's folder, seen by all workers.
         world: Of this run.
+        training: Fingerprint of its configuration, noted in each marker.
         keep: Newest finished checkpoints that stay.
         beside: Whether a save runs in a thread of its own, on a copy.
     """
 
-    def __init__(self, stage: Path, world: World, *, keep: int, beside: bool = True):
-        self._stage, self._world, self._keep, self._beside = stage, world, keep, beside
+    def __init__(self, stage: Path, world: World, *, training: str, keep: int, beside: bool = True):
+        self._stage, self._world, self._training = stage, world, training
+        self._keep, self._beside = keep, beside
         self._saving: tuple[int, dict[str, Any], Future[Any]] | None = None
         # what saves in a thread may not share the training's group
         group = dist.new_group(backend="gloo") if world.size > 1 else None
@@ -93,7 +96,7 @@ class Checkpoints:
             shutil.rmtree(folder)  # cut off, else there would be nothing to save
         self._world.wait()
         state = _state(module, optimizer, average)
-        noted = dict(facts) | {"step": step}
+        noted = dict(facts) | {"step": step, "training": self._training}
         if self._beside:
             self._saving = (step, noted, dcp.async_save(state, checkpoint_id=folder, **self._how))
         else:
@@ -208,7 +211,21 @@ def check_same(stage: Path, config: Mapping[str, Any]) -> bool:
             f"{stage} holds a training of another configuration or dataset ({shown}):"
             " go on with that one, or name another folder"
         )
+    for step in complete(stage):
+        folder = folder_of(stage, step)
+        noted = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if noted["training"] != fingerprint(config):
+            raise ValueError(
+                f"{folder} is a checkpoint of another training ({noted['training']}, not"
+                f" {fingerprint(config)}): take it away"
+            )
     return True
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """What tells a training from others, in 16 hex digits."""
+    text = json.dumps(plain(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def claim(stage: Path, config: Mapping[str, Any]) -> None:

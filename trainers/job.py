@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.weights import digest
-from trainers.system import System, TrainStage, plain
+from trainers.system import Bucket, System, TrainStage, plain
 
 if TYPE_CHECKING:
     from trainers.dataset import Manifest
@@ -26,7 +26,7 @@ class Options:
     """How a run is carried out. Nothing here changes a result beyond rounding."""
 
     micro_batch: int = 1
-    """Samples of the largest bucket that a worker holds at once; of smaller ones more."""
+    """Samples of the recipe's largest bucket that a worker holds at once; of smaller ones more."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Copies of the model (ddp), or its shards (fsdp: FSDP2)."""
     gradient_checkpointing: bool = False
@@ -67,11 +67,18 @@ class Job:
     out: str
     """Folder of the run, absolute, seen by all workers."""
     options: Options
+    largest_px: int | None = None
+    """Pixels of a sample of the recipe's largest bucket; None is the stage's own."""
 
     @property
     def folder(self) -> Path:
         """The stage's own."""
         return Path(self.out) / self.stage.name
+
+    def micro_batch(self, bucket: Bucket) -> int:
+        """Samples of a bucket that a worker holds at once."""
+        largest = self.largest_px or max(b.pixels for b in self.stage.data.buckets)
+        return max(1, self.options.micro_batch * largest // bucket.pixels)
 
     def config(self, manifest: Manifest) -> dict[str, Any]:
         """What decides on the numbers: another one is another training."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import storage
+from engine.stores import aws_environment
 from trainers import tracking
 from trainers.dataset import Manifest, read_manifest
 from trainers.job import Job, Stopped
@@ -102,7 +103,7 @@ def on_ray(job: Job, workers: int, watch: Watch | None = None, *, max_failures: 
     own = tempfile.mkdtemp(prefix=".ray-", dir=_made(job.out))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "aws": aws_environment()},
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
@@ -135,6 +136,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     from trainers.parallel import World
 
     job: Job = config["job"]
+    os.environ.update(config["aws"])
     try:
         return {"start": train(job, World.joined(get_device()))}
     except Stopped as stopped:  # all workers alike; another try would end as this one

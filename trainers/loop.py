@@ -24,6 +24,7 @@ from trainers.checkpoint import (
     Checkpoints,
     claim,
     complete,
+    fingerprint,
     forget_unfinished,
     load_final,
     save_final,
@@ -37,7 +38,7 @@ from trainers.loader import Loader, Micro
 from trainers.optim import adamw, average, rate, started_average
 from trainers.parallel import World
 from trainers.plan import Plan
-from trainers.system import Bucket, Encoder, Learner, Noise, Sample
+from trainers.system import Encoder, Learner, Noise, Sample
 from trainers.throughput import Meter, note_machine
 
 _log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Trainer:
             open_caches(job.root, self.encoders, manifest, self.stage.data),
             rank=world.rank,
             world=world.size,
-            micro_batch=self._micro_batch,
+            micro_batch=job.micro_batch,
             ahead=self.options.ahead,
             threads=self.options.threads,
         )
@@ -129,7 +130,11 @@ class Trainer:
     def run(self, start: int, config: Mapping[str, Any]) -> None:
         """From step `start` to the last."""
         saves = Checkpoints(
-            self.job.folder, self.world, keep=self.options.keep, beside=self.options.async_save
+            self.job.folder,
+            self.world,
+            training=fingerprint(config),
+            keep=self.options.keep,
+            beside=self.options.async_save,
         )
         if start:
             noted = saves.restore(start, self.module, self.optimizer, self.average)
@@ -254,7 +259,3 @@ class Trainer:
         if self.world.leads:
             save_final(self.job.folder, self.stage.steps, tensors)
         self.world.wait()
-
-    def _micro_batch(self, bucket: Bucket) -> int:
-        largest = max(b.pixels for b in self.stage.data.buckets)
-        return max(1, self.options.micro_batch * largest // bucket.pixels)

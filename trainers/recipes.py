@@ -242,7 +242,7 @@ def _tiny_stages(*, cog: bool) -> tuple[TrainStage, ...]:
             ema_decay=0.9,
         )
 
-    return small(image, (picture,), 30), small(domain, (picture,), 6), small(motion, clips, 12)
+    return small(image, (picture,), 20), small(domain, (picture,), 4), small(motion, clips, 10)
 
 
 def _decay(text: str) -> float | None:
