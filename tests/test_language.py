@@ -12,21 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from engine.caption import Instruction
 from engine.weights import Weights
-from trainers.language import (
-    DecoderLM,
-    LanguageModel,
-    Prompts,
-    States,
-    TextIds,
-    Tokens,
-    _Draw,
-    _token_spans,
-    num_cut,
-)
+from trainers.decoder import DecoderLM, _Draw
+from trainers.language import LanguageModel, States, Tokens, num_cut
+from trainers.prompts import Prompts, TextIds, token_spans
 from trainers.system import Bucket, Sample
 from trainers.tiny_llm import FAMILIES, POSITIONS, build_llm, build_tokenizer
 
@@ -53,6 +46,10 @@ def models(folders):
 
 def value(folder: Path, **settings) -> LanguageModel:
     return LanguageModel(weights=Weights(at=str(folder)), **settings)
+
+
+def prompts_of(folder: Path, prompt_format="chat") -> Prompts:
+    return Prompts.load(value(folder, prompt_format=prompt_format))
 
 
 def rephrase(lm: DecoderLM, originals=ORIGINALS, instruction=DENSE, **settings):
@@ -199,6 +196,23 @@ def test_an_answer_of_nothing_but_its_end_has_no_states(tmp_path):
     assert found.states_SD.shape == (0, lm.width) and found.scenes == (("", slice(0, 0)),)
 
 
+def test_answers_without_tokens_have_no_states(models):
+    for lm in models.values():
+        text = lm.tokenized(DENSE.text, None, "a cat")
+        for states in (lm.encoded, lm.teacher_forced):
+            assert [x.shape for x in states([text] * 2)] == [(0, 64)] * 2
+
+
+def test_padding_is_within_the_vocabulary_whatever_the_tokenizer_pads_with(models, folders):
+    prompts = prompts_of(folders["llama"])
+    prompts.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model = models["llama"].model
+    assert prompts.tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    found = rephrase(DecoderLM(model, prompts), use_prefix=False)
+    for one, expected in zip(found, rephrase(models["llama"]), strict=True):
+        assert gap(one.states_SD, expected.states_SD) <= 1e-5
+
+
 def test_the_encoded_feature_is_of_the_answer_alone(models):
     for lm in models.values():
         text = lm.tokenized(DENSE.text, None, "a cat", "A small white cat sits on the floor.")
@@ -241,7 +255,22 @@ def test_on_a_gpu_generated_states_are_the_teacher_forced_ones(folders):
         lm = value(folder).load(torch.device("cuda"), torch.float32)
         for original, one in zip(ORIGINALS, rephrase(lm, sample=True, seeds=SEEDS), strict=True):
             assert one.states_SD.is_cuda
-            assert gap(one.states_SD, as_trained(lm, original, one)) <= 1e-4, family
+            for use_prefix in (True, False):
+                trained = as_trained(lm, original, one, use_prefix=use_prefix)
+                assert gap(one.states_SD, trained) <= 1e-4, family
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_padding_harms_no_bf16_states(folders):
+    for family, folder in folders.items():
+        lm = value(folder).load(torch.device("cuda"), torch.bfloat16)
+        for share in (True, False):
+            found = rephrase(lm, sample=True, seeds=SEEDS, use_prefix=share)
+            for original, one in zip(ORIGINALS, found, strict=True):
+                for again in (True, False):
+                    trained = as_trained(lm, original, one, use_prefix=again)
+                    assert trained.isfinite().all(), family
+                    assert gap(one.states_SD, trained) < 0.1 * trained.abs().max(), family
 
 
 # --- the prefix is computed once ---
@@ -274,6 +303,78 @@ def test_few_prefixes_are_kept(models, fed):
     assert len(counts) == 6
 
 
+def test_the_prefix_that_was_used_longest_ago_is_let_go(models, fed):
+    lm = DecoderLM(models["qwen3"].model, models["qwen3"].prompts)
+    for token in (10, 11, 12, 13, 10, 14):
+        lm.prefix([token] * 7)
+    counts = fed(lm)
+    lm.prefix([10] * 7)
+    assert not counts
+    lm.prefix([11] * 7)
+    assert counts == [7]
+
+
+def test_kept_prefixes_are_only_read(models):
+    lm = DecoderLM(models["qwen3"].model, models["qwen3"].prompts)
+    kept = lm.prefix(lm.tokenized(DENSE.text, None, "a cat").prefix)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in kept.layers]
+    for originals in (ORIGINALS, ORIGINALS[:1]):
+        rephrase(lm, originals, max_new_tokens=3)
+    for layer, (keys, values) in zip(kept.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+
+def test_a_batch_of_more_prefixes_than_are_kept_is_fed_at_once(models, fed):
+    lm = DecoderLM(models["qwen3"].model, models["qwen3"].prompts)
+    counts = fed(lm)
+    texts = [TextIds((token,) * token, (7, 8), (9,) * 4) for token in range(10, 16)]
+    together = lm.teacher_forced(texts)
+    assert counts == [6 * (15 + 2 + 4)]
+    alone = lm.teacher_forced(texts[1:2])
+    assert gap(together[1], alone[0]) <= 1e-5
+
+
+# --- the device is not waited for ---
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read back from tensors, for each of which a GPU is waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_reads_nothing_but_its_tokens(models, family, sample):
+    counts: list[int] = []
+    with Reads() as reads:
+        rephrase(
+            models[family],
+            ["a cat"] * 2,  # of one length: transformers reads a mask where there is one
+            sample=sample,
+            seeds=(1, 2),
+            max_new_tokens=5,
+            progress=lambda _: counts.append(reads.count),
+        )
+    assert counts == counts[:1] * 5
+
+
+def test_nothing_is_left_on_the_model_by_a_generation_that_was_broken_off(models):
+    def stop(tokens: int) -> None:
+        if tokens == 2:
+            raise KeyboardInterrupt
+
+    lm = models["qwen2"]
+    hooks = len(lm.model.get_decoder()._forward_hooks)
+    with pytest.raises(KeyboardInterrupt):
+        rephrase(lm, progress=stop)
+    assert len(lm.model.get_decoder()._forward_hooks) == hooks
+
+
 def test_teacher_forcing_with_the_prefix_feeds_less_than_half_at_the_papers_lengths(models, fed):
     lm = DecoderLM(models["llama"].model, models["llama"].prompts)
     counts = fed(lm)
@@ -293,7 +394,7 @@ def test_teacher_forcing_with_the_prefix_feeds_less_than_half_at_the_papers_leng
 @pytest.mark.parametrize("prompt_format", ["chat", "raw"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_runs_of_tokens_join_to_the_very_text(folders, family, prompt_format):
-    prompts = Prompts.load(value(folders[family], prompt_format=prompt_format))
+    prompts = prompts_of(folders[family], prompt_format)
     assert len(prompts.beginning) == {"llama": 1, "glm": 2}.get(family, 0)
     for instruction in (DENSE, FRENCH):
         text = prompts.tokenized(instruction.text, "French", "un chat {y_ori}", "A cat sits.")
@@ -316,7 +417,7 @@ def test_runs_of_tokens_join_to_the_very_text(folders, family, prompt_format):
 @pytest.mark.parametrize("prompt_format", ["chat", "raw"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_control_tokens_in_captions_are_words(folders, family, prompt_format):
-    prompts = Prompts.load(value(folders[family], prompt_format=prompt_format))
+    prompts = prompts_of(folders[family], prompt_format)
     control = set(prompts.tokenizer.added_tokens_decoder)
     bad = "a <|im_end|> b </s> c <|end|> d <|user|> [gMASK] <think> </think> e <s>"
 
@@ -341,7 +442,7 @@ def test_answers_begin_where_the_chat_template_begins_them(folders):
         "glm": ("<|assistant|>\n", "A"),
     }
     for family, (end, first) in ends.items():
-        prompts = Prompts.load(value(folders[family]))
+        prompts = prompts_of(folders[family])
         text = prompts.tokenized(DENSE.text, None, "a cat", "A cat.")
         both = prompts.tokenizer.decode(text.prompt + text.answer[:1])
         assert both.endswith(end + first), family
@@ -441,9 +542,9 @@ def test_a_wrong_number_of_scenes_is_told(answer, scenes):
 
 def test_a_token_that_two_scenes_share_is_the_firsts():
     # "A cat", ". |", " A", " dog" with a scene to the full stop, and one after the bar
-    assert _token_spans([0, 5, 8, 10, 14], [(0, 6), (7, 14)]) == [slice(0, 2), slice(2, 4)]
+    assert token_spans([0, 5, 8, 10, 14], [(0, 6), (7, 14)]) == [slice(0, 2), slice(2, 4)]
     # three tokens for one character
-    assert _token_spans([0, 2, 2, 2, 3], [(2, 3)]) == [slice(1, 4)]
+    assert token_spans([0, 2, 2, 2, 3], [(2, 3)]) == [slice(1, 4)]
 
 
 def test_a_refusal_is_said():
@@ -603,6 +704,11 @@ def test_a_prompt_beyond_the_limit_is_one_clear_line(models):
         assert POSITIONS - found > 10
         with pytest.raises(ValueError, match=rf"has {found} tokens and {POSITIONS} new ones"):
             lm.rephrase(DENSE, ["cat " * 1200], max_new_tokens=POSITIONS)
+
+
+def test_seeds_are_as_many_as_captions(models):
+    with pytest.raises(ValueError, match="4 captions need as many seeds: found 1"):
+        rephrase(models["qwen2"], sample=True, seeds=[1])
 
 
 def test_what_cannot_be_tokenised_is_one_clear_line(models):

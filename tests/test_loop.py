@@ -218,7 +218,7 @@ def test_a_step_that_is_not_finite_is_skipped(root: str, tmp_path: Path) -> None
     launch.alone(burst)
     lines = tracking.read(burst.folder)
     assert [line["num_skipped"] for line in lines] == [0] * 5 + [1, 1] + [0] * 5
-    assert [math.isfinite(line["loss"]) for line in lines] == [True] * 5 + [False] * 2 + [True] * 5
+    assert [line["loss"] is None for line in lines] == [False] * 5 + [True] * 2 + [False] * 5
     trained = load_final(burst.folder)[1]  # type: ignore[index]
     assert all(t.isfinite().all() for t in trained.values())
 
@@ -289,7 +289,7 @@ def test_what_cannot_be_read_has_no_weight(root: str, tmp_path: Path) -> None:
     launch.alone(gone)
     lines = tracking.read(gone.folder)
     assert sum(line["num_unreadable"] for line in lines) > 0
-    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert all(line["loss"] is not None for line in lines)
     assert load_final(gone.folder)
 
 

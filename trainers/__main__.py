@@ -366,7 +366,8 @@ class _Bars:
 
     def train(self, now: Any) -> None:
         """Of a stage: a `launch.Progress`."""
-        facts = f"loss {now.figures['loss']:.4f}"
+        loss = now.figures["loss"]
+        facts = "loss not finite" if loss is None else f"loss {loss:.4f}"
         if "samples_per_s" in now.figures:
             facts += f", {now.figures['samples_per_s']:.1f} samples/s"
         self._show(now.stage, now.step, now.steps, facts)

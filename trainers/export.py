@@ -111,7 +111,7 @@ def _facts(stage: Path) -> dict[str, Any]:
     config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
     steps, tensors = load_final(stage) or (0, {})
     lines = tracking.read(stage)
-    losses = [line["loss"] for line in lines]
+    losses = [line["loss"] for line in lines if line["loss"] is not None]
     tenth = max(1, len(losses) // 10)
     speeds = [line for line in lines if "samples_per_s" in line]
     return {

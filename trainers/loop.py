@@ -11,6 +11,7 @@ workers share a step without changing it: each takes the next `batch / workers` 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,7 @@ class Trainer:
         losses = self.world.total(both_N2[:, 0]).tolist()
         lines = []
         for (step, _), loss, norm in zip(waiting, losses, both_N2[:, 1].tolist(), strict=True):
-            line = {"step": step, "loss": loss, "grad_norm": norm}
+            line = {"step": step, "loss": _finite(loss), "grad_norm": _finite(norm)}
             for optim in self.stage.optim:
                 line[f"lr_{optim.group}"] = rate(optim, step, self.stage.steps)
             lines.append(line)
@@ -259,3 +260,8 @@ class Trainer:
         if self.world.leads:
             save_final(self.job.folder, self.stage.steps, tensors)
         self.world.wait()
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no other numbers."""
+    return value if math.isfinite(value) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -77,22 +77,6 @@ class World:
         if self.size > 1:
             dist.all_reduce(summed)
         return summed
-
-    def largest(self, value: float) -> float:
-        """The largest of the workers' values."""
-        if self.size == 1:
-            return value
-        found = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found.item()
-
-    def told(self, value: Any) -> Any:
-        """What the leading worker says, on all of them."""
-        if self.size == 1:
-            return value
-        said = [value]
-        dist.broadcast_object_list(said, src=0, device=self.device)
-        return said[0]
 
     def wait(self) -> None:
         """Until all workers are here."""

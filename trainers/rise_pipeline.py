@@ -20,10 +20,10 @@ from torch import Tensor
 
 from engine.caption import Instruction
 from trainers.adapter import RephrasingAdapter, padded
+from trainers.decoder import DecoderLM, Rephrased
 from trainers.encoders import Precision, dtype_of
 from trainers.finetune import LORA as FINETUNE_LORA
 from trainers.finetune import Finetune
-from trainers.language import DecoderLM, Rephrased
 from trainers.languages import language_of
 from trainers.lora import add_lora, load_lora
 from trainers.rise import LORA, MOTION_FOLDER, MOTION_LORA, Rise
