@@ -381,12 +381,30 @@ def test_shards_on_one_worker(undisturbed: Job, root: str, tmp_path: Path) -> No
     assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in b)
 
 
-def test_a_full_disk_is_one_line(root: str, tmp_path: Path) -> None:
-    whole = job(root, tmp_path / "run")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "denoise").write_text("no folder")
-    with pytest.raises(OSError, match=r"denoise|File exists|Not a directory"):
-        launch.alone(whole)
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    undisturbed: Job, root: str, tmp_path: Path, beside: bool
+) -> None:
+    """No file of more than 4 kB can be written after the first checkpoint."""
+    first = job(root, tmp_path, stage={"steps": 4})
+    launch.alone(first)
+    program = (
+        "import resource, sys; sys.path[:0] = sys.argv[1:3]\n"
+        "from pathlib import Path\nfrom learners import job\nfrom trainers import launch\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n launch.alone(job(sys.argv[3], Path(sys.argv[4]), async_save=sys.argv[5] == '1'))\n"
+        "except OSError as error:\n print(error)\n"
+    )
+    tests = Path(__file__).parent
+    given = [str(tests.parent), str(tests), root, str(tmp_path), str(int(beside))]
+    full = subprocess.run(
+        [sys.executable, "-c", program, *given], timeout=120, capture_output=True, text=True
+    )
+    assert full.returncode == 0, full.stderr
+    assert full.stdout.count("\n") == 1 and "step_00000008 cannot be written" in full.stdout
+    rest = job(root, tmp_path)
+    assert launch.alone(rest) == 4
+    assert losses(rest) == losses(undisturbed) and same_result(rest, undisturbed)
 
 
 def test_threads_end_with_the_run(root: str, tmp_path: Path) -> None:

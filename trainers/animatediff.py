@@ -11,6 +11,7 @@ Source: Guo et al. 2023, arXiv 2307.04725; its public training code for the sche
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
@@ -145,8 +146,14 @@ class AnimateDiff(VDM):
         if not self.video:
             return unet
         motion = self._parts.load(MotionAdapter, "motion", self.device, self.dtype)
-        with torch.device(self.device):
-            return frozen(UNetMotionModel.from_unet2d(unet, motion), self.device)
+        log = logging.getLogger("diffusers.models.modeling_utils")
+        level = log.level
+        log.setLevel(logging.ERROR)  # it warns of modules to be kept in float32, of which none is
+        try:
+            with torch.device(self.device):
+                return frozen(UNetMotionModel.from_unet2d(unet, motion), self.device)
+        finally:
+            log.setLevel(level)
 
     @cached_property
     def vae(self) -> Any:

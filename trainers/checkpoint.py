@@ -16,8 +16,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -97,11 +99,13 @@ class Checkpoints:
         self._world.wait()
         state = _state(module, optimizer, average)
         noted = dict(facts) | {"step": step, "training": self._training}
-        if self._beside:
-            self._saving = (step, noted, dcp.async_save(state, checkpoint_id=folder, **self._how))
-        else:
+        with _one_line(folder, "written"):
+            if self._beside:
+                saving = dcp.async_save(state, checkpoint_id=folder, **self._how)
+                self._saving = (step, noted, saving)
+                return
             dcp.save(state, checkpoint_id=folder, **self._how)
-            self._mark(step, noted)
+        self._mark(step, noted)
 
     def finish(self) -> None:
         """Waits for the save that is under way, and marks it as whole."""
@@ -109,16 +113,17 @@ class Checkpoints:
             return
         step, noted, saving = self._saving
         self._saving = None
-        saving.result()
+        with _one_line(folder_of(self._stage, step), "written"):
+            saving.result()
         self._mark(step, noted)
 
     def poll(self) -> None:
-        """Marks the save that is under way, if it has ended on all workers."""
-        if self._saving is not None and self._world.size == 1 and self._saving[2].done():
+        """Marks the save that is under way, if it has ended."""
+        if self._saving is not None and self._saving[2].done():
             self.finish()
 
     def _mark(self, step: int, noted: Mapping[str, Any]) -> None:
-        self._world.wait()  # every worker has written its part
+        # The leader's save ends last: it writes the metadata when all have written their parts.
         if not self._world.leads:
             return
         _put(folder_of(self._stage, step) / MARKER, json.dumps(noted))
@@ -137,7 +142,8 @@ class Checkpoints:
         """Loads the state after `step` steps in place; gives what was noted with it."""
         folder = folder_of(self._stage, step)
         state = _state(module, optimizer, average)
-        dcp.load(state, checkpoint_id=folder, **self._how)
+        with _one_line(folder, "read"):
+            dcp.load(state, checkpoint_id=folder, **self._how)
         set_state_dict(
             module,
             optimizer,
@@ -148,6 +154,17 @@ class Checkpoints:
         for name, held in average.items():
             held.copy_(state["average"][name])
         return json.loads((folder / MARKER).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _one_line(folder: Path, what: str) -> Iterator[None]:
+    """What goes wrong, as an OSError of one line; torch raises a BaseException with all traces."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        words = " ".join(str(causes[0]).split()) if causes else "no reason was given"
+        raise OSError(f"checkpoint {folder} cannot be {what}: {words}") from error
 
 
 def _state(

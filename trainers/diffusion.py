@@ -95,6 +95,11 @@ class Folder(Parts):
 
     def load(self, kind: type[Any], part: str, device: torch.device, dtype: torch.dtype) -> Any:
         """Read by the library's own loader."""
+        from diffusers.utils import logging as of_diffusers
+        from transformers.utils import logging as of_transformers
+
+        for logging in (of_diffusers, of_transformers):
+            logging.disable_progress_bar()
         loaded = kind.from_pretrained(
             self._path(part), dtype=dtype, use_safetensors=True, local_files_only=True
         )

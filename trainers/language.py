@@ -98,7 +98,7 @@ class Tokens(Encoder):
                 )
                 for s in samples
             )
-            return [text.pack().to(device) for text in texts]
+            return [text.pack() for text in texts]  # ids are read on the CPU
 
         return encode
 
