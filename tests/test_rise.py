@@ -4,14 +4,18 @@ import dataclasses
 import functools
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from conftest import Cluster
 from safetensors.torch import load_file
 
 from engine.weights import tiny_folder
@@ -201,6 +205,45 @@ def test_the_base_model_is_untouched_at_the_start(small: None, name: str) -> Non
             assert torch.equal(said, plain.denoise(noisy, at, text))
             nothing = module.adapter(torch.zeros(1, len(null_LD), 64), torch.tensor([0]))
         assert torch.equal(nothing[0], null_LD)
+
+
+def test_motion_starts_from_the_domains_adapter_and_the_images_lora(rise: Trained) -> None:
+    parents = {name: rise.stage(name) for name in ("image", "domain")}
+    stage = rise.recipe.stage("motion")
+    module = rise.recipe.system.learner(stage, torch.device("cpu"), parents).module
+    for name, parameter in module.named_parameters():
+        if name.startswith("adapter."):
+            assert torch.equal(parameter, parents["domain"][name]) and not parameter.requires_grad
+        elif ".lora_" in name:
+            assert torch.equal(parameter, parents["image"][name]) and parameter.requires_grad
+    without = {"image": parents["image"]}
+    module = rise.recipe.system.learner(stage, torch.device("cpu"), without).module
+    own = dict(module.adapter.named_parameters())
+    assert all(torch.equal(own[n], parents["image"][f"adapter.{n}"]) for n in own)
+
+
+def test_a_share_of_texts_is_dropped_for_the_null_sequence(rise: Trained) -> None:
+    stage = rise.recipe.stage("image")
+    module = rise.recipe.system.learner(stage, torch.device("cpu"), {}).module
+    bucket = stage.data.buckets[0]
+    shape = module.vdm.latent_shape(bucket.frames, bucket.height_px, bucket.width_px)
+    noise = Noise(0, 0, [0, 0])
+
+    def losses(drop: float, scale: float) -> torch.Tensor:
+        latents = {n: noise.normal(n, shape) for n in ("posterior_BCTYX", "noise_BCTYX")}
+        with torch.no_grad():
+            return module(
+                states_BLE=scale * noise.normal("states", (module.adapter.length, 64)),
+                length_B=torch.tensor([5, 5]),
+                drop_B=torch.tensor([drop, 0.9]),
+                moments_B2CTYX=torch.zeros(2, 2, *shape),
+                at_B=torch.tensor([0.5, 0.5]),
+                **latents,
+            )
+
+    assert losses(0.05, 1.0)[0] == losses(0.05, -1.0)[0], "dropped: the text is not seen"
+    assert losses(0.15, 1.0)[0] != losses(0.15, -1.0)[0]
+    assert losses(0.05, 1.0)[1] == losses(0.15, 1.0)[1], "the other sample stays as it is"
 
 
 def test_the_exported_adapter_is_of_the_image_stage(rise: Trained) -> None:
@@ -446,39 +489,60 @@ def test_every_recipe_is_well_formed(tiny_home: Path) -> None:
     )
 
 
-def trainers(*arguments: object, home: Path) -> subprocess.CompletedProcess[str]:
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-m", "trainers", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=os.environ | {"XDG_CACHE_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.slow
-def test_the_commands(small: None, quadruples: Path, tiny_home: Path, tmp_path: Path) -> None:
-    few = ("--set", "image.steps=2", "motion.steps=2", "--stages", "image", "motion")
-    trained = trainers(
-        "train", "tiny_rise_animatediff", "--data", quadruples, "--out", tmp_path / "run",
-        "--local", *few, home=tiny_home,
-    )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
-    assert "image: 3 samples, 2 steps of 4" in trained.stderr
-    exported = trainers("export", tmp_path / "run", tmp_path / "export", home=tiny_home)
-    assert exported.returncode == 0, exported.stderr
-    made = trainers(
-        "generate", tmp_path / "export", "A red bus!", "a cat", "--steps", 2, "--out",
-        tmp_path / "videos", "--json", home=tiny_home,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    videos = json.loads(made.stdout)["videos"]
-    assert [Path(v["video"]).name for v in videos] == ["a-red-bus-0-0.mp4", "a-cat-0-1.mp4"]
-    import av
+def test_the_commands(
+    small: None, quadruples: Path, cluster: Cluster, tiny_home: Path, tmp_path: Path
+) -> None:
+    """What the README says: cache, train on Ray, Ctrl-C, train again, export, generate."""
+    env = cluster.env | {"XDG_CACHE_HOME": str(tiny_home)}
 
+    def started(*arguments: object) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "trainers", *map(str, arguments)],
+            cwd=REPOSITORY,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def ran(*arguments: object) -> str:
+        process = started(*arguments)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        return out + err
+
+    name, run = "tiny_rise_animatediff", tmp_path / "run"
+    said = ran("cache", name, "--data", quadruples, "--stages", "image")
+    assert "image, latents: 3 computed" in said and "image, tokens: 3 computed" in said
+    training = (
+        "train", name, "--data", quadruples, "--out", run, "--set", "image.steps=80",
+        "motion.steps=2", "--stages", "image", "motion", "--log-every", 1,
+        "--checkpoint-every", 10, "--torch-threads", 1,
+    )  # fmt: skip
+    process = started(*training)
+    lines = 0
+    while process.poll() is None and lines < 15:
+        time.sleep(0.1)
+        lines = len(tracking.read(run / "image"))
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, err
+    assert "stopped: run the same command again to go on" in err and "Traceback" not in err
+    assert "image: 3 samples, 80 steps of 4" in err
+    assert not (run / "image" / "final.safetensors").exists()
+    ran(*training)
+    resumed = [line["loss"] for line in tracking.read(run / "image")]
+    found = with_settings(with_stages(recipe(name), ["image"]), ["image.steps=80"])
+    train(found, quadruples, tmp_path / "undisturbed", micro_batch=4)
+    undisturbed = [line["loss"] for line in tracking.read(tmp_path / "undisturbed" / "image")]
+    assert resumed == undisturbed
+
+    export_folder = tmp_path / "export"
+    ran("export", run, export_folder)
+    generating = ("generate", export_folder, "A red bus!", "a cat", "--steps", 2, "--json")
+    videos = json.loads(ran(*generating, "--out", tmp_path / "videos").splitlines()[0])["videos"]
+    assert [Path(v["video"]).name for v in videos] == ["a-red-bus-0-0.mp4", "a-cat-0-1.mp4"]
     with av.open(videos[0]["video"]) as container:
         assert sum(1 for _ in container.decode(video=0)) == 8
 

@@ -118,7 +118,7 @@ def on_ray(job: Job, workers: int, watch: Watch | None = None, *, max_failures: 
     )
     try:
         with _quiet(), _watched(job, watch):
-            told = trainer.fit().return_value
+            told = _fitted(trainer)
     except TrainingFailedError as error:
         raise Stopped(_cause(error)) from error
     finally:
@@ -126,6 +126,29 @@ def on_ray(job: Job, workers: int, watch: Watch | None = None, *, max_failures: 
     if "stopped" in told:
         raise Stopped(told["stopped"])
     return told["start"]
+
+
+def _fitted(trainer: Any) -> dict[str, Any]:
+    """What the first worker's function gave.
+
+    In a thread, for Ray Train's own answer to Ctrl-C ends the process with code 1; here it raises,
+    and the workers end with the connection to Ray.
+    """
+    found: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            found["value"] = trainer.fit().return_value
+        except BaseException as error:  # noqa: BLE001 - raised again by who waits
+            found["error"] = error
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)  # Ctrl-C arrives between two of these
+    if "error" in found:
+        raise found["error"]
+    return found["value"]
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
