@@ -10,13 +10,23 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from engine import storage
 
@@ -71,6 +81,70 @@ def destination(dst: str) -> str:
     if inside_copy and not Path(dst).expanduser().is_absolute():
         return str(Path.home() / dst)
     return storage.absolute(dst)
+
+
+class Bars:
+    """Progress: live bars on a terminal, else a line now and then; used as a context."""
+
+    def __init__(self, *, every_s: float = 10.0):
+        self._live, self._every_s = err.is_terminal, every_s
+        self._said = time.monotonic()
+        self._tasks: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=err,
+            transient=True,
+        )
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._progress.stop()
+
+    def show(
+        self,
+        bar: str,
+        done: int,
+        total: int,
+        facts: str,
+        *,
+        doing: str | None = None,
+        rate: float | None = None,
+    ) -> None:
+        """Shows how far something is.
+
+        Args:
+            bar: One of several, made when it is first named.
+            done: So much is done.
+            total: Of so much; 0 is not known yet.
+            facts: What else there is to say.
+            doing: What is being done, where it is not the bar's name.
+            rate: Of `done` in a second, for the time left where there is no bar.
+        """
+        if self._live:
+            if bar not in self._tasks:
+                self._tasks[bar] = self._progress.add_task(bar, total=None, facts="")
+            self._progress.update(
+                self._tasks[bar],
+                description=doing or bar,
+                completed=done,
+                total=total or None,
+                facts=facts,
+            )
+        elif total and time.monotonic() - self._said > self._every_s:
+            self._said = time.monotonic()
+            left = f", {(total - done) / rate:.0f} s left" if rate else ""
+            err.print(f"{doing or bar}: {done}/{total}, {facts}{left}", highlight=False)
 
 
 def print_json(value: Any) -> None:

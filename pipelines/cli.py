@@ -10,19 +10,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from engine import storage
 from engine.accounts import Accounts
-from engine.command import err, fail, out
+from engine.command import Bars, err, fail, out
 from engine.operator import Stage
 from engine.tables import read
 from pipelines.flags import ModelFlags
@@ -120,58 +112,19 @@ def with_bounds(stages: Sequence[Stage], changes: Iterable[str]) -> tuple[Stage,
     return tuple(stages)
 
 
-class Watcher:
-    """Shows a run's progress: a live bar on a terminal, else a line now and then."""
-
-    def __init__(self, *, every_s: float = 10.0):
-        self.live = err.is_terminal
-        self.every_s, self._said = every_s, time.monotonic()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=err,
-            transient=True,
-        )
-
-    def __enter__(self) -> Watcher:
-        if self.live:
-            self._task = self._bar.add_task("planning", total=None, facts="")
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self._bar.stop()
+class Watcher(Bars):
+    """Shows a run's progress."""
 
     def __call__(self, now: Any) -> None:
         """Shows where the run is; `now` is an `engine.curation.Progress`."""
         seconds = max(time.monotonic() - now.started, 1e-9)
         facts = f"{now.failed} failed, {now.done / seconds:.1f} {now.unit}/s"
         if now.unit == "sources":
-            rate = f"{now.frames / seconds:.0f} frames/s"
-            facts = f"{now.clips} clips, {now.failed} failed, {rate}"
+            facts = f"{now.clips} clips, {now.failed} failed, {now.frames / seconds:.0f} frames/s"
         if now.parts:
             facts += f", parts {now.parts_done}/{now.parts}"
-        if self.live:
-            self._bar.update(
-                self._task,
-                description=now.doing,
-                completed=now.done,
-                total=now.sources or None,
-                facts=facts,
-            )
-        elif time.monotonic() - self._said > self.every_s:
-            self._said = time.monotonic()
-            rate = now.done / seconds
-            left = f", {(now.sources - now.done) / rate:.0f} s left" if rate else ""
-            err.print(
-                f"{now.doing}: {now.done}/{now.sources} {now.unit}, {facts}{left}", highlight=False
-            )
+        rate = now.done / seconds
+        self.show("run", now.done, now.sources, facts, doing=now.doing, rate=rate)
 
 
 def funnel(accounts: Accounts, stages: Sequence[Stage], mean_kept_s: float | None) -> Table:

@@ -24,16 +24,12 @@ from trainers.__main__ import main
 from trainers.adapter import RephrasingAdapter, null_of, padded
 from trainers.checkpoint import load_final
 from trainers.export import export
+from trainers.finetune_pipeline import FinetunedPipeline
+from trainers.generation import Generated, load_pipeline
 from trainers.job import Job, Options
 from trainers.recipes import NAMES, Recipe, make_tiny, recipe, with_settings, with_stages
 from trainers.rise import LORA, Rise
-from trainers.rise_pipeline import (
-    FinetunedPipeline,
-    Generated,
-    RisePipeline,
-    load_pipeline,
-    shares_of,
-)
+from trainers.rise_pipeline import RisePipeline, shares_of
 from trainers.system import Noise
 from trainers.vdm import Conditioning
 
@@ -590,5 +586,7 @@ def test_a_prompt_that_is_too_long_is_one_line(rise: Trained, pipe: RisePipeline
     assert "\n" not in str(said.value)
     with pytest.raises(ValueError, match="nearest"):
         pipe("a cat", height=65, steps=1)
+    with pytest.raises(ValueError, match="2 prompts and 1 seeds"):
+        pipe(["a cat", "a dog"], seed=[1])
     with pytest.raises(ValueError, match="of rise, not of finetune"):
         FinetunedPipeline.from_export(rise.export)

@@ -24,14 +24,6 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import tyro
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from engine import command
 from engine.lease import Lease
@@ -259,7 +251,7 @@ def export(args: Export) -> None:
 
 def generate(args: Generate) -> None:
     """`python -m trainers generate`."""
-    from trainers.rise_pipeline import load_pipeline
+    from trainers.generation import load_pipeline
     from trainers.videos import write_mp4
 
     if not args.prompt:
@@ -337,59 +329,27 @@ def _slug(prompt: str) -> str:
     return "-".join(words)[:60].strip("-").lower() or "video"
 
 
-class _Bars:
-    """Progress on a terminal; a line now and then elsewhere."""
-
-    def __init__(self, every_s: float = 10.0):
-        self._live, self._every_s = command.err.is_terminal, every_s
-        self._said, self._tasks = time.monotonic(), {}
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=command.err,
-            transient=True,
-        )
-
-    def __enter__(self) -> _Bars:
-        if self._live:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._bar.stop()
+class _Bars(command.Bars):
+    """Progress of what these commands do."""
 
     def train(self, now: Any) -> None:
         """Of a stage: a `launch.Progress`."""
         loss = now.figures["loss"]
         facts = "loss not finite" if loss is None else f"loss {loss:.4f}"
-        if "samples_per_s" in now.figures:
-            facts += f", {now.figures['samples_per_s']:.1f} samples/s"
-        self._show(now.stage, now.step, now.steps, facts)
+        rate = now.figures.get("samples_per_s")
+        if rate:
+            facts += f", {rate:.1f} samples/s"
+        self.show(now.stage, now.step, now.steps, facts, rate=rate and rate / now.batch)
 
     def cache(self, now: Any) -> None:
         """Of a cache: a `trainers.cache.Progress`."""
         rate = now.done / max(time.monotonic() - now.started, 1e-9)
         facts = f"{now.failed} failed, {rate:.1f} {now.unit}/s"
-        self._show(now.doing, now.done, now.total, facts)
+        self.show("cache", now.done, now.total, facts, doing=now.doing, rate=rate)
 
     def generate(self, doing: str, done: int, total: int) -> None:
         """Of a video."""
-        self._show(doing, done, total, "")
-
-    def _show(self, what: str, done: int, total: int, facts: str) -> None:
-        if self._live:
-            if what not in self._tasks:
-                self._tasks[what] = self._bar.add_task(what, total=total, facts=facts)
-            self._bar.update(self._tasks[what], completed=done, total=total, facts=facts)
-        elif time.monotonic() - self._said > self._every_s:
-            self._said = time.monotonic()
-            command.err.print(f"{what}: {done}/{total}, {facts}", highlight=False)
+        self.show(doing, done, total, "")
 
 
 if __name__ == "__main__":

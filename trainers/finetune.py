@@ -140,7 +140,7 @@ class FinetuneLearner(Learner):
 
 
 _USAGE = """\
-from trainers.rise_pipeline import FinetunedPipeline
+from trainers.finetune_pipeline import FinetunedPipeline
 
 pipe = FinetunedPipeline.from_export("{folder}")
 made = pipe("a cute cat", frames=16, seed=0)

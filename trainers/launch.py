@@ -30,6 +30,8 @@ class Progress:
     step: int
     """Steps that are done."""
     steps: int
+    batch: int
+    """Samples of a step."""
     figures: dict[str, float]
     """Of the newest line of metrics."""
 
@@ -214,8 +216,9 @@ def _watched(job: Job, watch: Watch | None) -> Iterator[None]:
         line = tracking.last(job.folder)
         if line and line["step"] != seen:
             seen = line["step"]
-            steps = job.stage.steps
-            watch(Progress(stage=job.stage.name, step=seen + 1, steps=steps, figures=line))
+            stage = job.stage
+            told = {"steps": stage.steps, "batch": stage.batch, "figures": line}
+            watch(Progress(stage=stage.name, step=seen + 1, **told))
 
     def go_on() -> None:
         while not ended.wait(POLL_S):

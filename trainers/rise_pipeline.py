@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,39 +20,25 @@ from torch import Tensor
 from engine.caption import Instruction
 from trainers.adapter import RephrasingAdapter, padded
 from trainers.decoder import DecoderLM, Rephrased
-from trainers.encoders import Precision, dtype_of
-from trainers.finetune import LORA as FINETUNE_LORA
-from trainers.finetune import Finetune
+from trainers.encoders import Precision
+from trainers.generation import (
+    Generated,
+    Progress,
+    Size,
+    add_exported_lora,
+    asked,
+    placed,
+    videos_of,
+)
 from trainers.languages import language_of
-from trainers.lora import add_lora, load_lora
 from trainers.rise import LORA, MOTION_FOLDER, MOTION_LORA, Rise
-from trainers.system import Noise, read_pipeline, system_of
-from trainers.vdm import PARTS, VDM, Conditioning
+from trainers.system import read_pipeline
+from trainers.vdm import VDM, Conditioning
 
 Mode = Literal["dense", "multi_scene", "multilingual", "two_stage"]
 Schedule = Literal["step", "interpolated"]
 SCENES = {"multi_scene": 2}
 """The paper's instruction asks for the first frame and the last."""
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generated:
-    """A video, and how it came about."""
-
-    prompt: str
-    seed: int
-    video: np.ndarray
-    """uint8 RGB (F, H, W, 3)."""
-    fps: float
-    rephrased: str
-    """What the LLM made of the prompt; scenes are joined by the instruction's delimiter."""
-    scenes: tuple[str, ...]
-    notes: tuple[str, ...]
-    """What did not go as asked, for a person."""
-    timings: dict[str, float]
-    """Seconds of rephrasing, text, denoising and decoding, of the whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +49,6 @@ class Text:
     rephrased: tuple[Rephrased, ...]
     notes: tuple[tuple[str, ...], ...]
     seconds: dict[str, float]
-
-
-def load_pipeline(
-    folder: Path, *, device: str | None = None, precision: Precision | None = None
-) -> RisePipeline | FinetunedPipeline:
-    """The pipeline of whatever system an export is of."""
-    kinds = {"rise": RisePipeline, "finetune": FinetunedPipeline}
-    return kinds[system_of(folder)].from_export(folder, device=device, precision=precision)
 
 
 class RisePipeline:
@@ -119,15 +96,17 @@ class RisePipeline:
         folder = Path(folder).expanduser()
         about = read_pipeline(folder, "rise")
         rise = Rise.from_portable(about["rise"])
-        where, dtype = _placed(device, precision)
+        where, dtype = placed(device, precision)
         weights = load_file(folder / "adapter.safetensors")
         vdm = rise.vdm.load(video=True, device=where, dtype=dtype)
         adapter = RephrasingAdapter(rise.lm.width(), vdm.text_dim, weights["null_LD"], rise.adapter)
         adapter.load_state_dict(weights)
-        _add(vdm, folder, LORA, rise.vdm.kind, rise.rank, vdm.lora_targets)
+        add_exported_lora(vdm, folder, LORA, rise.vdm.kind, rise.rank, vdm.lora_targets)
         if (folder / MOTION_FOLDER).is_dir():
             targets = vdm.motion_lora_targets
-            _add(vdm, folder / MOTION_FOLDER, MOTION_LORA, rise.vdm.kind, rise.rank, targets)
+            add_exported_lora(
+                vdm, folder / MOTION_FOLDER, MOTION_LORA, rise.vdm.kind, rise.rank, targets
+            )
         instructions = {
             path.stem: Instruction(
                 name=path.stem, text=path.read_text("utf-8"), scenes=SCENES.get(path.stem)
@@ -175,8 +154,7 @@ class RisePipeline:
         Raises:
             ValueError: The model has no such shape, or a prompt is too long.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        prompts, seeds = asked(prompt, seed)
         size = self.size.changed(frames=frames, height_px=height, width_px=width)
         shape = self.vdm.latent_shape(size.frames, size.height_px, size.width_px)
         text = self.condition(
@@ -295,129 +273,6 @@ class RisePipeline:
         return time.perf_counter() - began
 
 
-class FinetunedPipeline:
-    """The baseline of table 6: the video model with the LoRA that `Finetune` trained.
-
-    Args:
-        vdm: With the LoRA.
-        size: Of its videos.
-    """
-
-    modes = ()
-    """What `__call__` takes beside what every pipeline does."""
-
-    def __init__(self, vdm: VDM, size: Size):
-        self.vdm, self.size = vdm, size
-
-    @classmethod
-    def from_export(
-        cls, folder: str | Path, *, device: str | None = None, precision: Precision | None = None
-    ) -> Self:
-        """Loads an export; see `RisePipeline.from_export`."""
-        folder = Path(folder).expanduser()
-        about = read_pipeline(folder, "finetune")
-        system = Finetune.from_portable(about["finetune"])
-        where, dtype = _placed(device, precision)
-        vdm = system.vdm.load(video=True, device=where, dtype=dtype)
-        _add(vdm, folder, FINETUNE_LORA, system.vdm.kind, system.rank, vdm.lora_targets)
-        return cls(vdm, Size(**about["video"]))
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        steps: int = 25,
-        guidance_scale: float = 7.5,
-        seed: int | Sequence[int] = 0,
-        progress: Progress = lambda *_: None,
-    ) -> Generated | list[Generated]:
-        """Generates a video, or one for each of several prompts; see `RisePipeline.__call__`."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        size = self.size.changed(frames=frames, height_px=height, width_px=width)
-        shape = self.vdm.latent_shape(size.frames, size.height_px, size.width_px)
-        text_BLD = self.vdm.encode_text(prompts)
-        videos, seconds = videos_of(
-            self.vdm,
-            Conditioning(text_BLD[:, None]),
-            self.vdm.encode_text([""])[0],
-            shape,
-            seeds,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            progress=progress,
-        )
-        made = [
-            Generated(
-                prompt=one,
-                seed=own,
-                video=video,
-                fps=size.fps,
-                rephrased=one,
-                scenes=(one,),
-                notes=(),
-                timings=seconds,
-            )
-            for one, own, video in zip(prompts, seeds, videos, strict=True)
-        ]
-        return made[0] if isinstance(prompt, str) else made
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """Of a video."""
-
-    frames: int
-    height_px: int
-    width_px: int
-    fps: float
-
-    def changed(self, **given: int | None) -> Size:
-        """With what is given in place of its own."""
-        own = {"frames": self.frames, "height_px": self.height_px, "width_px": self.width_px}
-        asked = {name: value for name, value in given.items() if value is not None}
-        return Size(fps=self.fps, **own | asked)
-
-
-@torch.no_grad()
-def videos_of(
-    vdm: VDM,
-    text: Conditioning,
-    null_LD: Tensor,
-    shape: tuple[int, ...],
-    seeds: Sequence[int],
-    *,
-    steps: int,
-    guidance_scale: float,
-    progress: Progress,
-) -> tuple[list[np.ndarray], dict[str, float]]:
-    """uint8 videos (F, H, W, 3) from text, and the seconds that denoising and decoding took."""
-    noise_BCTYX = torch.cat([Noise(seed, 0, [0]).normal("latents", shape) for seed in seeds])
-    device = text.tokens_BKLD.device
-    began = time.perf_counter()
-    latents_BCTYX = vdm.generate(
-        text,
-        null_LD,
-        noise_BCTYX.to(device),
-        steps=steps,
-        guidance_scale=guidance_scale,
-        progress=lambda step: progress("denoising", step, steps),
-    )
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    denoised = time.perf_counter()
-    progress("decoding", 0, 1)
-    videos = list(vdm.decode(latents_BCTYX).cpu().numpy())
-    progress("decoding", 1, 1)
-    return videos, {
-        "denoise_s": denoised - began,
-        "decode_s": time.perf_counter() - denoised,
-    }
-
-
 def shares_of(num_scenes: int, frames: int, schedule: Schedule) -> Tensor:
     """How much of each scene a frame follows, (F, K).
 
@@ -445,20 +300,6 @@ def _notes(said: Rephrased, instruction: Instruction, limit: int) -> tuple[str, 
     if longest > limit:
         notes.append(f"{longest - limit} tokens of the rephrased text were cut: {limit} are read")
     return tuple(notes)
-
-
-def _placed(device: str | None, precision: Precision | None) -> tuple[torch.device, torch.dtype]:
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return where, dtype_of(precision or ("bf16" if where.type == "cuda" else "fp32"))
-
-
-def _add(vdm: VDM, folder: Path, name: str, kind: str, rank: int, targets: Sequence[str]) -> None:
-    """Adds the LoRA of an export to the video model."""
-    add_lora(vdm.denoiser, rank, rank, targets, name)
-    part = f"{PARTS[kind]}."
-    stored = load_file(folder / "pytorch_lora_weights.safetensors")
-    load_lora(vdm.denoiser, {n.removeprefix(part): t for n, t in stored.items()}, name)
-    vdm.denoiser.requires_grad_(False)
 
 
 @contextlib.contextmanager

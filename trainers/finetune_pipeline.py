@@ -1,0 +1,91 @@
+"""From a prompt to a video with the baseline of RISE-T2V's table 6."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from trainers.encoders import Precision
+from trainers.finetune import LORA, Finetune
+from trainers.generation import (
+    Generated,
+    Progress,
+    Size,
+    add_exported_lora,
+    asked,
+    placed,
+    videos_of,
+)
+from trainers.system import read_pipeline
+from trainers.vdm import VDM, Conditioning
+
+
+class FinetunedPipeline:
+    """The baseline of table 6: the video model with the LoRA that `Finetune` trained.
+
+    Args:
+        vdm: With the LoRA.
+        size: Of its videos.
+    """
+
+    modes = ()
+    """What `__call__` takes beside what every pipeline does."""
+
+    def __init__(self, vdm: VDM, size: Size):
+        self.vdm, self.size = vdm, size
+
+    @classmethod
+    def from_export(
+        cls, folder: str | Path, *, device: str | None = None, precision: Precision | None = None
+    ) -> Self:
+        """Loads an export; see `RisePipeline.from_export`."""
+        folder = Path(folder).expanduser()
+        about = read_pipeline(folder, "finetune")
+        system = Finetune.from_portable(about["finetune"])
+        where, dtype = placed(device, precision)
+        vdm = system.vdm.load(video=True, device=where, dtype=dtype)
+        add_exported_lora(vdm, folder, LORA, system.vdm.kind, system.rank, vdm.lora_targets)
+        return cls(vdm, Size(**about["video"]))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int = 25,
+        guidance_scale: float = 7.5,
+        seed: int | Sequence[int] = 0,
+        progress: Progress = lambda *_: None,
+    ) -> Generated | list[Generated]:
+        """Generates a video, or one for each of several prompts; see `RisePipeline.__call__`."""
+        prompts, seeds = asked(prompt, seed)
+        size = self.size.changed(frames=frames, height_px=height, width_px=width)
+        shape = self.vdm.latent_shape(size.frames, size.height_px, size.width_px)
+        text_BLD = self.vdm.encode_text(prompts)
+        videos, seconds = videos_of(
+            self.vdm,
+            Conditioning(text_BLD[:, None]),
+            self.vdm.encode_text([""])[0],
+            shape,
+            seeds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            progress=progress,
+        )
+        made = [
+            Generated(
+                prompt=one,
+                seed=own,
+                video=video,
+                fps=size.fps,
+                rephrased=one,
+                scenes=(one,),
+                notes=(),
+                timings=seconds,
+            )
+            for one, own, video in zip(prompts, seeds, videos, strict=True)
+        ]
+        return made[0] if isinstance(prompt, str) else made
