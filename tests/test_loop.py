@@ -304,23 +304,19 @@ def test_figures_of_a_run(undisturbed: Job) -> None:
     assert config["data"]["samples"] == 13 and len(config["data"]["hash"]) >= 16
 
 
-def test_operations_are_counted(root: str, tmp_path: Path) -> None:
+def test_operations_are_counted() -> None:
     from trainers.throughput import Meter
 
     meter = Meter(torch.device("cpu"), "fp32")
-    layer = torch.nn.Linear(32, 64)
+    layers = torch.nn.Sequential(torch.nn.Linear(32, 64, bias=False), torch.nn.Linear(64, 32))
+    batch = {"input": torch.ones(8, 32)}
     for _ in range(3):
-        with meter.counted("shape", recomputed=False) as forward_ended:
-            said = layer(torch.ones(8, 32, requires_grad=True))
-            forward_ended()
-            said.sum().backward()
-    forward = 2 * 8 * 32 * 64
-    assert meter._flops == 3 * 3 * forward
-    with meter.counted("other", recomputed=True) as forward_ended:
-        layer(torch.ones(8, 32))
-        forward_ended()
-        layer(torch.ones(8, 32))
-    assert meter._flops == 9 * forward + forward
+        meter.count("shape", layers, batch)
+    forward = 2 * 8 * (32 * 64 + 64 * 32)
+    assert meter._flops == 3 * 3 * forward, "forward, and twice as much backward"
+    layers.requires_grad_(False)
+    meter.count("frozen", layers, batch)
+    assert meter._flops == 9 * forward + 2 * forward
 
 
 def test_tensorboard_has_every_step_once(root: str, tmp_path: Path) -> None:

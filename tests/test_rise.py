@@ -451,6 +451,21 @@ def test_motion_modules_may_have_a_lora_of_their_own(
     assert pipe("a red bus", steps=1).video.std() > 0
 
 
+@pytest.mark.parametrize("name", RISE)
+def test_a_run_goes_on_bit_for_bit(
+    small: None, quadruples: Path, tmp_path: Path, name: str
+) -> None:
+    found = with_stages(recipe(f"tiny_{name}"), ["image"])
+    for folder, steps in (("whole", 7), ("parts", 3), ("parts", 7)):
+        train(with_settings(found, [f"image.steps={steps}"]), quadruples, tmp_path / folder)
+    whole, parts = (
+        [line["loss"] for line in tracking.read(tmp_path / n / "image")] for n in ("whole", "parts")
+    )
+    assert whole == parts and len(whole) == 7
+    a, b = (load_final(tmp_path / n / "image")[1] for n in ("whole", "parts"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
 def test_gradients_computed_again_are_the_same(
     small: None, quadruples: Path, tmp_path: Path
 ) -> None:

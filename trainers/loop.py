@@ -201,15 +201,12 @@ class Trainer:
         batch = self.learner.batch(samples, Noise(self.stage.seed, step, micro.slots))
         weight_B = torch.tensor([float(f is None) for f in micro.failed], device=device)
         self.counts["unreadable"] += sum(f is not None for f in micro.failed)
-        shape = (samples[0].bucket, len(samples))
-        recomputed = self.options.gradient_checkpointing
-        with (
-            self.world.synchronised(self.shared, last),
-            self.meter.counted(shape, recomputed=recomputed) as forward_ended,
-        ):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        with autocast:
+            self.meter.count((samples[0].bucket, len(samples)), self.module, batch)
+        with self.world.synchronised(self.shared, last):
+            with autocast:
                 losses_B = self.shared(**batch)
-            forward_ended()
             loss = (losses_B * weight_B).sum() / self.stage.batch
             (loss * self.world.size).backward()  # which is averaged over workers
         return loss.detach()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainers.parallel import World
 
@@ -52,28 +53,21 @@ class Meter:
         self._samples += samples
         self._waited_s += waited_s
 
-    @contextmanager
-    def counted(self, shape: object, *, recomputed: bool) -> Iterator[Callable[[], None]]:
-        """Adds the operations of a micro-batch; each shape is counted once, and run eagerly then.
+    def count(self, shape: object, module: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Adds the operations of a micro-batch, forward and backward.
 
-        What it gives is called between forward and backward: checkpointing computes forward again,
-        which is work of the machine and not of the model.
+        Those of a forward pass are counted once for each shape, in a pass of its own (what counts
+        also chooses other kernels, and a step must not depend on whether it was counted).
+        Backward has as many for the activations, and again as many for the weights that are
+        trained. What gradient checkpointing computes again is work of the machine, not the model's.
         """
-        if shape in self._flops_of:
-            self._flops += self._flops_of[shape]
-            yield lambda: None
-            return
-        from torch.utils.flop_counter import FlopCounterMode
-
-        forward = 0
-
-        def ended() -> None:
-            nonlocal forward
-            forward = counter.get_total_flops()
-
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-            yield ended
-        self._flops_of[shape] = counter.get_total_flops() - (forward if recomputed else 0)
+        if shape not in self._flops_of:
+            eager = torch.compiler.set_stance("force_eager")
+            with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
+                module(**batch)
+            sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+            trained = sum(n for n, is_trained in sizes if is_trained) / sum(n for n, _ in sizes)
+            self._flops_of[shape] = counter.get_total_flops() * (2 + trained)
         self._flops += self._flops_of[shape]
 
     def read(self) -> dict[str, float]:
