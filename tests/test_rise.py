@@ -30,7 +30,7 @@ from trainers.job import Job, Options
 from trainers.recipes import NAMES, Recipe, make_tiny, recipe, with_settings, with_stages
 from trainers.rise import LORA, Rise
 from trainers.rise_pipeline import RisePipeline, shares_of
-from trainers.system import Noise
+from trainers.system import Noise, TrainStage
 from trainers.vdm import Conditioning
 
 REPOSITORY = Path(__file__).parents[1]
@@ -47,19 +47,21 @@ def small(tiny_home: Path) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def job_of(found: Recipe, stage: TrainStage, root: object, out: Path, **options: object) -> Job:
+    chosen = {"trackers": (), "log_every": 1, "micro_batch": 2, "torch_threads": 1} | options
+    return Job(
+        recipe=found.name,
+        system=found.system,
+        stage=stage,
+        root=str(root),
+        out=str(out),
+        options=Options(**chosen),  # type: ignore[arg-type]
+    )
+
+
 def train(found: Recipe, root: Path, out: Path, **options: object) -> None:
-    chosen = Options(
-        **{"trackers": (), "log_every": 1, "micro_batch": 2, "torch_threads": 1} | options
-    )  # type: ignore[arg-type]
     for stage in found.stages:
-        job = Job(
-            recipe=found.name,
-            system=found.system,
-            stage=stage,
-            root=str(root),
-            out=str(out),
-            options=chosen,
-        )
+        job = job_of(found, stage, root, out, **options)
         launch.check(job, 1)
         launch.alone(job)
 
@@ -476,6 +478,39 @@ def test_gradients_computed_again_are_the_same(
         train(found, quadruples, tmp_path / str(again), gradient_checkpointing=again)
         losses.append([line["loss"] for line in tracking.read(tmp_path / str(again) / "image")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_shards_train_as_the_whole_does(small: None, quadruples: Path, tmp_path: Path) -> None:
+    """FSDP2 with frozen bf16 weights beside trained fp32 ones, in a process with a group."""
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "import torch, torch.distributed as dist\nfrom pathlib import Path\n"
+        "from test_rise import job_of, stages_of\nfrom trainers.loop import train\n"
+        "from trainers.parallel import World\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "world = World.joined(torch.device('cpu'))\n"
+        "found = stages_of(sys.argv[3])\n"
+        "for stage in found.stages:\n"
+        "    train(job_of(found, stage, sys.argv[4], Path(sys.argv[5]), parallel='fsdp'), world)\n"
+    )
+    given = [str(REPOSITORY), str(REPOSITORY / "tests"), "tiny_rise_animatediff", str(quadruples)]
+    command = [sys.executable, "-c", program, *given, str(tmp_path / "shards")]
+    subprocess.run(command, timeout=200, check=True)
+    found = stages_of("tiny_rise_animatediff")
+    for stage in found.stages:
+        launch.alone(job_of(found, stage, quadruples, tmp_path / "whole"))
+        shards, whole = (
+            [x["loss"] for x in tracking.read(tmp_path / n / stage.name)]
+            for n in ("shards", "whole")
+        )
+        assert shards == pytest.approx(whole, rel=1e-3), "bf16 rounds"
+
+
+def stages_of(name: str) -> Recipe:
+    """Its first and last stage, in bf16, for two steps each."""
+    settings = [f"{s}.{x}" for s in ("image", "motion") for x in ("steps=2", "precision=bf16")]
+    return with_settings(with_stages(recipe(name), ["image", "motion"]), settings)
 
 
 def test_every_recipe_is_well_formed(tiny_home: Path) -> None:
