@@ -1,4 +1,4 @@
-"""`make bench`: what the engine costs, each line measured in one run on one set of files.
+"""`make bench`: what engine and trainers cost, each line measured in one run on one set of files.
 
     python tests/bench.py [--only NAME ...] [--out FILE]
 
@@ -424,6 +424,41 @@ def bench_shares(work: Path) -> list[Line]:
     return [Line("time in operators, recipe tiny on the sample corpus", f"{total:.1f} s: {shares}")]
 
 
+def bench_ray_train(work: Path) -> list[Line]:
+    """What Ray Train adds to a training step."""
+    from bench_train import ray_overhead
+
+    return [Line(*figure) for figure in ray_overhead(work, bench_videos(work))]
+
+
+def bench_data_wait(work: Path) -> list[Line]:
+    """How much of training waits for decoded video."""
+    from bench_train import data_wait
+
+    return [Line(*figure) for figure in data_wait(work, bench_videos(work))]
+
+
+def bench_features(work: Path) -> list[Line]:
+    """Training on cached features, on the fly, and a plain loop."""
+    from bench_train import features
+
+    return [Line(*figure) for figure in features(work, bench_videos(work))]
+
+
+def bench_prefix(work: Path) -> list[Line]:
+    """Teacher forcing with and without the instruction's cached prefix."""
+    from bench_train import prefix
+
+    return [Line(*figure) for figure in prefix()]
+
+
+def bench_conditioning(work: Path) -> list[Line]:
+    """From a prompt to the video model's conditioning."""
+    from bench_train import conditioning
+
+    return [Line(*figure) for figure in conditioning(work)]
+
+
 BENCHES: dict[str, Callable[[Path], list[Line]]] = {
     "decode": bench_decode,
     "cores": bench_cores,
@@ -434,6 +469,11 @@ BENCHES: dict[str, Callable[[Path], list[Line]]] = {
     "operators": bench_operators,
     "fill": bench_fill,
     "shares": bench_shares,
+    "ray_train": bench_ray_train,
+    "data_wait": bench_data_wait,
+    "features": bench_features,
+    "prefix": bench_prefix,
+    "conditioning": bench_conditioning,
 }
 
 

@@ -131,6 +131,17 @@ def test_the_code_keeps_the_rules(violations: Callable[[Path], list[str]]) -> No
     assert violations(ROOT) == []
 
 
+def test_one_file_knows_ray_train() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for package in MAY_IMPORT
+        for path in modules(ROOT, package)
+        for _, name in imported(parse(path))
+        if name.startswith("ray.train")
+    }
+    assert users == {"trainers/launch.py"}
+
+
 def test_nothing_that_classic_imports_imports_torch() -> None:
     assert heavy_imports(ROOT, "pipelines/curate.py") == []
 

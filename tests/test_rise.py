@@ -30,7 +30,7 @@ from trainers.job import Job, Options
 from trainers.recipes import NAMES, Recipe, make_tiny, recipe, with_settings, with_stages
 from trainers.rise import LORA, Rise
 from trainers.rise_pipeline import RisePipeline, shares_of
-from trainers.system import Noise, TrainStage
+from trainers.system import Bucket, Data, Noise, TrainStage
 from trainers.vdm import Conditioning
 
 REPOSITORY = Path(__file__).parents[1]
@@ -260,6 +260,25 @@ def test_the_exported_adapter_is_of_the_image_stage(rise: Trained) -> None:
     for name, tensor in lora.items():
         own = name.replace(f"{part}.", "denoiser.", 1).replace(".weight", f".{LORA}.weight")
         assert torch.equal(tensor, motion[own])
+
+
+def test_an_export_loads_into_diffusers(rise: Trained, pipe: RisePipeline) -> None:
+    """Its LoRA through diffusers' own loader is the denoiser that the pipeline runs."""
+    backbone = rise.recipe.system.vdm
+    plain = backbone.load(video=True, device=torch.device("cpu"), dtype=torch.float32)
+    part = {"animatediff": "unet", "cogvideox": "transformer"}[backbone.kind]
+    plain.denoiser.load_lora_adapter(
+        str(rise.export), prefix=part, weight_name="pytorch_lora_weights.safetensors"
+    )
+    size = pipe.size
+    shape = plain.latent_shape(size.frames, size.height_px, size.width_px)
+    noisy, at = Noise(0, 0, [0]).normal("x", shape), torch.tensor([500])
+    text = Conditioning(pipe.adapter.null_LD[None, None])
+    with torch.no_grad():
+        said = plain.denoise(noisy, at, text)
+        assert torch.allclose(said, pipe.vdm.denoise(noisy, at, text), atol=1e-6)
+        plain.denoiser.disable_adapters()
+        assert not torch.allclose(said, plain.denoise(noisy, at, text), atol=1e-6)
 
 
 def test_an_export_says_what_it_is(trained: Trained) -> None:
@@ -628,6 +647,25 @@ def test_bad_input_is_one_line(
     refused("generate", tmp_path, "a cat", words=["is no export"])
     refused("generate", tmp_path, words=["prompt"])
     assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_shapes_that_do_not_meet(small: None) -> None:
+    for name, change, words in (
+        ("rise_cogvideox", {"length": 256}, "length 256: .* takes texts of"),
+        ("rise_cogvideox", {"motion_lora": True}, "has no motion modules"),
+        ("rise_animatediff", {}, "bucket 8x65x64: .* multiples of 8 px"),
+        ("rise_animatediff", {}, "bucket 99x64x64: .* at most"),
+        ("rise_cogvideox", {}, "bucket 8x64x64: .* nearest"),
+    ):
+        found = recipe(f"tiny_{name}")
+        stage = found.stage("motion")
+        if "bucket" in words:
+            sides = [int(n) for n in words.split(":")[0].split()[1].split("x")]
+            bucket = Bucket(frames=sides[0], height_px=sides[1], width_px=sides[2])
+            stage = dataclasses.replace(stage, data=Data(buckets=(bucket,)))
+        with pytest.raises(ValueError, match=words) as said:
+            dataclasses.replace(found.system, **change).check(stage)
+        assert "\n" not in str(said.value)
 
 
 def test_a_prompt_that_is_too_long_is_one_line(rise: Trained, pipe: RisePipeline) -> None:
