@@ -339,6 +339,9 @@ class _Bars(command.Bars):
         rate = now.figures.get("samples_per_s")
         if rate:
             facts += f", {rate:.1f} samples/s"
+        for name, count in now.figures.items():
+            if name.startswith("num_") and count:
+                facts += f", {count} {name.removeprefix('num_').replace('_', ' ')}"
         self.show(now.stage, now.step, now.steps, facts, rate=rate and rate / now.batch)
 
     def cache(self, now: Any) -> None:
