@@ -111,7 +111,8 @@ class Clock:
     """Notes how long each step of a run takes.
 
     Runs that are compared take turns, a step each: whatever else the machine does meanwhile slows
-    all of them alike. The turn is a byte that goes round through pipes.
+    all of them alike. The turn is a byte that goes round through pipes. By the clock a step is the
+    run's turn, though its threads may have read ahead before it.
     """
 
     file: str
@@ -129,15 +130,17 @@ class Clock:
         def begins() -> None:
             nonlocal began, number
             ended = now()
-            if began:
-                with open(self.file, "a") as file:
-                    file.write(json.dumps(ended.since(began)) + "\n")
             if pipes:
                 if began:
                     os.write(pipes[1], b"x")
                 if number < self.steps - 1:  # none begins after the last, to hand the turn on
                     _wait(pipes[0])
-            began, number = now(), number + 1
+            begins_now = now()
+            if began:  # what its threads read ahead in the others' turns is its work, too
+                taken = Mark(ended.wall_s - began.wall_s, begins_now.cpu_s - began.cpu_s)
+                with open(self.file, "a") as file:
+                    file.write(json.dumps(taken) + "\n")
+            began, number = begins_now, number + 1
 
         return begins
 

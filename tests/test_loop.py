@@ -314,9 +314,9 @@ def test_operations_are_counted() -> None:
         meter.count("shape", layers, batch)
     forward = 2 * 8 * (32 * 64 + 64 * 32)
     assert meter._flops == 3 * 3 * forward, "forward, and twice as much backward"
-    layers.requires_grad_(False)
-    meter.count("frozen", layers, batch)
-    assert meter._flops == 9 * forward + 2 * forward
+    layers[0].requires_grad_(False)
+    meter.count("half", layers, batch)
+    assert meter._flops == 9 * forward + 2.5 * forward, "of the other half no gradient is wanted"
 
 
 def test_tensorboard_has_every_step_once(root: str, tmp_path: Path) -> None:

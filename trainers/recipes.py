@@ -168,9 +168,12 @@ def with_settings(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 
 def make_tiny(folder: Path | None = None) -> None:
     """Builds the small random checkpoints that are missing."""
+    from transformers.utils.logging import disable_progress_bar
+
     from trainers.tiny_llm import build_llm
     from trainers.tiny_vdm import build_animatediff, build_cogvideox
 
+    disable_progress_bar()
     make_missing(
         folder or tiny_folder(),
         {

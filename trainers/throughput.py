@@ -58,16 +58,16 @@ class Meter:
 
         Those of a forward pass are counted once for each shape, in a pass of its own (what counts
         also chooses other kernels, and a step must not depend on whether it was counted).
-        Backward has as many for the activations, and again as many for the weights that are
-        trained. What gradient checkpointing computes again is work of the machine, not the model's.
+        Backward has as many for the activations, and those of the layers that are trained once
+        more. What gradient checkpointing computes again is work of the machine, not the model's.
         """
         if shape not in self._flops_of:
             eager = torch.compiler.set_stance("force_eager")
             with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
                 module(**batch)
-            sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-            trained = sum(n for n, is_trained in sizes if is_trained) / sum(n for n, _ in sizes)
-            self._flops_of[shape] = counter.get_total_flops() * (2 + trained)
+            of_layer = {name: sum(f.values()) for name, f in counter.get_flop_counts().items()}
+            trained = sum(of_layer.get(name, 0) for name in _trained_layers(module))
+            self._flops_of[shape] = 2 * counter.get_total_flops() + trained
         self._flops += self._flops_of[shape]
 
     def read(self) -> dict[str, float]:
@@ -88,6 +88,16 @@ class Meter:
             found["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self.reset()
         return found
+
+
+def _trained_layers(module: nn.Module) -> list[str]:
+    """Names, as the counter has them, of the layers that have trained weights of their own."""
+    root = type(module).__name__
+    return [
+        f"{root}.{name}"
+        for name, layer in module.named_modules()
+        if any(p.requires_grad for p in layer.parameters(recurse=False))
+    ]
 
 
 def note_machine(stage: Path, world: World) -> None:
