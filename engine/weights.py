@@ -45,6 +45,14 @@ class Weights:
                 f" `hf download {self.at}{revision}`, or name a local folder"
             ) from None
 
+    def pinned(self) -> Weights:
+        """The same with the commit that a hub id without a revision stands for on this machine."""
+        if self.revision or Path(self.at).expanduser().exists():
+            return self
+        folder = self.local()
+        is_snapshot = folder.parent.name == "snapshots"  # as the hub's cache lays them out
+        return Weights(at=self.at, revision=folder.name if is_snapshot else None)
+
     def describe(self) -> dict[str, Any]:
         """What tells these weights from others, as JSON values."""
         return {"weights": digest(self.local())}

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cluster
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from engine.weights import tiny_folder
+from engine.weights import Weights, tiny_folder
 from trainers import launch, tracking
 from trainers.__main__ import main
 from trainers.adapter import RephrasingAdapter, null_of, padded
@@ -289,6 +290,10 @@ def test_an_export_says_what_it_is(trained: Trained) -> None:
     for name, fact in facts.items():
         assert fact["trained_parameters"] == sum(t.numel() for t in trained.stage(name).values())
         assert fact["data_hash"] in card and fact["config"]["data"]["samples"] > 0
+    if isinstance(trained.recipe.system, Rise):
+        (text,) = facts["image"]["config"]["data"]["instructions"]["dense"]
+        assert (trained.export / "instructions" / "dense.txt").read_text() == text
+        assert "{y_ori}" in text and "touch-up and rewrite" in text
     about = json.loads((trained.export / "pipeline.json").read_text())
     assert about["video"]["fps"] == 8.0
     with pytest.raises(ValueError, match="is there and not empty"):
@@ -530,6 +535,20 @@ def stages_of(name: str) -> Recipe:
     """Its first and last stage, in bf16, for two steps each."""
     settings = [f"{s}.{x}" for s in ("image", "motion") for x in ("steps=2", "precision=bf16")]
     return with_settings(with_stages(recipe(name), ["image", "motion"]), settings)
+
+
+def test_an_export_names_the_commits_of_hub_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, model = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--some--llm"
+    (model / "snapshots" / commit).mkdir(parents=True)
+    (model / "snapshots" / commit / "config.json").write_text("{}")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    assert Weights(at="some/llm").pinned() == Weights(at="some/llm", revision=commit)
+    assert Weights(at="some/llm", revision="v1").pinned().revision == "v1"
+    assert Weights(at=str(tmp_path)).pinned() == Weights(at=str(tmp_path))
 
 
 def test_every_recipe_is_well_formed(tiny_home: Path) -> None:

@@ -51,6 +51,16 @@ class Manifest:
     def __len__(self) -> int:
         return self.rows.num_rows
 
+    @property
+    def instructions(self) -> dict[str, list[str]]:
+        """By name the texts that the pairs were made with: one, unless somebody changed it."""
+        both = self.rows.select(["instruction", "instruction_text"])
+        found: dict[str, list[str]] = {}
+        for row in both.group_by(both.column_names).aggregate([]).to_pylist():
+            if row["instruction"] is not None:
+                found.setdefault(row["instruction"], []).append(row["instruction_text"])
+        return {name: sorted(texts) for name, texts in sorted(found.items())}
+
     def row(self, index: int) -> dict[str, Any]:
         """One row."""
         return self.take([index])[0]

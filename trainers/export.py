@@ -44,6 +44,7 @@ def export(recipe: Recipe, run: Path, folder: Path) -> None:
     try:
         card = recipe.system.export(results, recipe.stages, made)
         facts = {stage.name: _facts(run / stage.name) for stage in recipe.stages}
+        _write_instructions(made / "instructions", facts)
         (made / "training.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         words = model_card(card, recipe, facts, _checksums(made), folder.name)
         (made / "README.md").write_text(words, encoding="utf-8")
@@ -53,6 +54,14 @@ def export(recipe: Recipe, run: Path, folder: Path) -> None:
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
+
+
+def _write_instructions(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Puts the instructions that the pairs were made with in place of the project's own."""
+    for fact in facts.values():
+        for name, texts in fact["config"]["data"]["instructions"].items():
+            if folder.is_dir() and len(texts) == 1:
+                (folder / f"{name}.txt").write_text(texts[0], encoding="utf-8")
 
 
 def model_card(

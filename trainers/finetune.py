@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,14 @@ class Finetune(System):
         trained = {n.removeprefix("denoiser."): t for n, t in results["motion"].items()}
         part = PARTS[self.vdm.kind]
         save_lora(lora_state(trained, LORA), folder, alpha=self.rank, part=part)
-        write_pipeline(folder, "finetune", self, stages)
+        vdm = self.vdm.pinned()
+        write_pipeline(folder, "finetune", replace(self, vdm=vdm), stages)
         return Card(
             title="Baseline: the video model fine-tuned",
             paper="the baseline of table 6 of RISE-T2V (arXiv 2511.04317)",
             models={
-                "video model": named(self.vdm.base),
-                **({"motion modules": named(self.vdm.motion)} if self.vdm.motion else {}),
+                "video model": named(vdm.base),
+                **({"motion modules": named(vdm.motion)} if vdm.motion else {}),
             },
             files={
                 "pytorch_lora_weights.safetensors": "LoRA, for diffusers' load_lora_weights",

@@ -85,7 +85,11 @@ class Job:
         stage = plain(self.stage)
         if all(o.schedule == "constant" for o in self.stage.optim):
             del stage["steps"]  # more of the same
-        data = {"hash": manifest.hash, "samples": manifest.rows.num_rows}
+        data = {
+            "hash": manifest.hash,
+            "samples": len(manifest),
+            "instructions": manifest.instructions,
+        }
         found = {"recipe": self.recipe, "system": self.system.describe(), "stage": stage}
         ended = {name: Path(self.out) / name / FINAL for name in self.stage.after}
         parents = {name: digest(path) if path.exists() else None for name, path in ended.items()}

@@ -19,7 +19,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,15 +144,17 @@ class Rise(System):
             save_lora(state, folder / MOTION_FOLDER, alpha=self.rank, part=part)
             files[f"{MOTION_FOLDER}/"] = "LoRA of the motion modules"
         shutil.copytree(INSTRUCTIONS, folder / "instructions")
-        write_pipeline(folder, "rise", self, stages)
+        lm = replace(self.lm, weights=self.lm.weights.pinned())
+        pinned = replace(self, lm=lm, vdm=self.vdm.pinned())
+        write_pipeline(folder, "rise", pinned, stages)
         return Card(
             title="RISE-T2V",
             paper="RISE-T2V: Rephrasing and Injecting Semantics with LLM for Expansive"
             " Text-to-Video Generation (arXiv 2511.04317)",
             models={
-                "LLM": named(self.lm.weights),
-                "video model": named(self.vdm.base),
-                **({"motion modules": named(self.vdm.motion)} if self.vdm.motion else {}),
+                "LLM": named(lm.weights),
+                "video model": named(pinned.vdm.base),
+                **({"motion modules": named(pinned.vdm.motion)} if pinned.vdm.motion else {}),
             },
             files=files,
             usage=_USAGE,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.weights import Weights
@@ -202,6 +202,11 @@ class Backbone:
         else:
             from trainers.cogvideox import facts
         return facts(self.base, self.motion)
+
+    def pinned(self) -> Backbone:
+        """The same by the commits of what is on this machine."""
+        motion = self.motion.pinned() if self.motion else None
+        return replace(self, base=self.base.pinned(), motion=motion)
 
     @classmethod
     def from_portable(cls, about: Mapping[str, Any]) -> Backbone:
