@@ -142,7 +142,7 @@ class Checkpoints:
         """Loads the state after `step` steps in place; gives what was noted with it."""
         folder = folder_of(self._stage, step)
         state = _state(module, optimizer, average)
-        with _one_line(folder, "read"):
+        with _one_line(folder, "read"):  # into the tensors of `state`: those of `average` themselves
             dcp.load(state, checkpoint_id=folder, **self._how)
         set_state_dict(
             module,
@@ -151,8 +151,6 @@ class Checkpoints:
             optim_state_dict=state["optim"],
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
-        for name, held in average.items():
-            held.copy_(state["average"][name])
         return json.loads((folder / MARKER).read_text(encoding="utf-8"))
 
 
