@@ -142,7 +142,7 @@ class Checkpoints:
         """Loads the state after `step` steps in place; gives what was noted with it."""
         folder = folder_of(self._stage, step)
         state = _state(module, optimizer, average)
-        with _one_line(folder, "read"):  # into the tensors of `state`: those of `average` themselves
+        with _one_line(folder, "read"):  # into the tensors of `state`, which are those of `average`
             dcp.load(state, checkpoint_id=folder, **self._how)
         set_state_dict(
             module,
