@@ -1,6 +1,5 @@
 """The loop under Ray Train: workers that share steps, and workers that die."""
 
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ import small_sets
 import torch
 from learners import Denoise, job, make_pictures
 
-from engine.session import connected
 from trainers import launch, tracking
 from trainers.checkpoint import load_final
 from trainers.job import Job, Stopped
@@ -22,21 +20,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def session(cluster) -> Iterator[None]:
+def session(connection: None) -> Iterator[None]:
     """The session's cluster, with the test's own system sent along by value."""
-    before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = cluster.address
     for module in (learners, small_sets):
         ray.cloudpickle.register_pickle_by_value(module)
-    try:
-        with connected():
-            yield
-    finally:
-        for module in (learners, small_sets):
-            ray.cloudpickle.unregister_pickle_by_value(module)
-        os.environ.pop("RAY_ADDRESS")
-        if before is not None:
-            os.environ["RAY_ADDRESS"] = before
+    yield
+    for module in (learners, small_sets):
+        ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 @pytest.fixture(scope="module")
