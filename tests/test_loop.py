@@ -160,6 +160,16 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(
     assert losses(rest) == losses(undisturbed)
 
 
+def test_fewer_steps_than_were_taken_are_refused(root: str, tmp_path: Path) -> None:
+    """Else what twelve steps trained would be called the result of four."""
+    launch.alone(job(root, tmp_path))
+    fewer = job(root, tmp_path, stage={"steps": 4})
+    for refused in (lambda: launch.check(fewer, 1), lambda: launch.alone(fewer)):
+        with pytest.raises(ValueError, match="has taken 12 steps, and 4 are asked for"):
+            refused()
+    assert load_final(fewer.folder)[0] == 12  # type: ignore[index]
+
+
 def test_a_killed_run_goes_on_bit_for_bit(undisturbed: Job, root: str, tmp_path: Path) -> None:
     program = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
@@ -317,6 +327,9 @@ def test_operations_are_counted() -> None:
     layers[0].requires_grad_(False)
     meter.count("half", layers, batch)
     assert meter._flops == 9 * forward + 2.5 * forward, "of the other half no gradient is wanted"
+    layers.register_parameter("own", torch.nn.Parameter(torch.zeros(1)))
+    meter.count("own", layers, batch)
+    assert meter._flops == 11.5 * forward + 2.5 * forward, "a weight above counts no layer twice"
 
 
 def test_tensorboard_has_every_step_once(root: str, tmp_path: Path) -> None:

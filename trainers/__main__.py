@@ -185,15 +185,19 @@ def train(args: Train) -> None:
         _say(job, manifest)
     with Lease(out, str(uuid.uuid4())), _Bars() as bars:
         _note(out, args)
-        if args.local:
+        if all(launch.has_ended(job) for job in jobs):
+            pass  # neither Ray nor a model is started for nothing
+        elif args.local:
             for job in jobs:
+                launch.check(job, 1)  # an earlier stage may have ended anew
                 launch.alone(job, bars.train)
         else:
             with connected():
                 workers = args.workers or launch.default_workers()
                 for job in jobs:
                     launch.check(job, workers)
-                    launch.on_ray(job, workers, bars.train, max_failures=args.max_failures)
+                    if not launch.has_ended(job):
+                        launch.on_ray(job, workers, bars.train, max_failures=args.max_failures)
     command.out.print(f"trained: {out}", highlight=False, soft_wrap=True)
 
 

@@ -200,6 +200,25 @@ def save_final(stage: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
     made.replace(stage / FINAL)
 
 
+def ended_at(stage: Path) -> int | None:
+    """How many steps an ended stage took."""
+    path = stage / FINAL
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
+
+
+def check_steps(stage: Path, steps: int) -> None:
+    """Raises ValueError where a stage has taken more steps than are asked for."""
+    taken = max([*complete(stage), ended_at(stage) or 0])
+    if taken > steps:
+        raise ValueError(
+            f"{stage} has taken {taken} steps, and {steps} are asked for: ask for {taken} or more,"
+            " or name another folder"
+        )
+
+
 def load_final(stage: Path) -> tuple[int, dict[str, Tensor]] | None:
     """How many steps an ended stage took, and what it trained."""
     path = stage / FINAL

@@ -55,10 +55,18 @@ def check(job: Job, workers: int) -> Manifest:
     tracking.check(job.options.trackers)
     job.system.check(job.stage)
     manifest = read_manifest(job.root, job.stage.data)
-    from trainers.checkpoint import check_same  # torch, which --help does without
+    from trainers.checkpoint import check_same, check_steps  # torch, which --help does without
 
     check_same(job.folder, job.config(manifest))
+    check_steps(job.folder, job.stage.steps)
     return manifest
+
+
+def has_ended(job: Job) -> bool:
+    """Whether a stage that `check` has passed took all its steps already."""
+    from trainers.checkpoint import ended_at
+
+    return ended_at(job.folder) == job.stage.steps
 
 
 def default_workers() -> int:

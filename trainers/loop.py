@@ -23,8 +23,10 @@ from torch.nn.utils import clip_grad_norm_
 from trainers import tracking
 from trainers.checkpoint import (
     Checkpoints,
+    check_steps,
     claim,
     complete,
+    ended_at,
     fingerprint,
     forget_unfinished,
     load_final,
@@ -60,8 +62,11 @@ def train(job: Job, world: World, manifest: Manifest | None = None) -> int:
     config = job.config(manifest)
     if world.leads:
         claim(job.folder, config)
+        check_steps(job.folder, job.stage.steps)
         forget_unfinished(job.folder)
     world.wait()
+    if ended_at(job.folder) == job.stage.steps:
+        return job.stage.steps
     if world.leads:
         note_machine(job.folder, world)
     _prepare(job.options, job.stage.seed, world)

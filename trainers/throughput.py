@@ -96,7 +96,8 @@ def _trained_layers(module: nn.Module) -> list[str]:
     return [
         f"{root}.{name}"
         for name, layer in module.named_modules()
-        if any(p.requires_grad for p in layer.parameters(recurse=False))
+        if not any(layer.children())  # a layer above has those of all below it
+        and any(p.requires_grad for p in layer.parameters())
     ]
 
 
