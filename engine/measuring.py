@@ -14,6 +14,7 @@ live as long as the run: weights are loaded once. Which actor measures what:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -194,6 +195,13 @@ class Measuring:
             for actor in pool.actors if ray.is_initialized() else []:
                 ray.kill(actor)
         self._pools.clear()
+        if self._flights and ray.is_initialized():
+            # Ray logs an error that nobody has read, whenever Python drops it.
+            ended, _ = ray.wait(list(self._flights), num_returns=len(self._flights), timeout=1)
+            for ref in ended:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.get(ref)
+        self._flights.clear()
 
     # Rows come in
 
