@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import learners
@@ -16,6 +17,7 @@ import pytest
 import torch
 from learners import Denoise, job, make_pictures
 from safetensors.torch import load_file
+from small_sets import Letters
 
 from engine.tables import read
 from trainers import launch, tracking
@@ -23,7 +25,8 @@ from trainers.checkpoint import complete, folder_of, load_final
 from trainers.dataset import read_manifest
 from trainers.job import Job, Stopped
 from trainers.optim import rate
-from trainers.system import Bucket, Data, Noise, Optim
+from trainers.plan import Plan
+from trainers.system import Bucket, Data, Encoder, Noise, Optim, Sample, TrainStage
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,6 @@ def test_a_step_against_its_equation(root: str, tmp_path: Path) -> None:
     system, stage = once.system, once.stage
     from trainers.features import open_caches
     from trainers.loader import Loader
-    from trainers.plan import Plan
 
     torch.manual_seed(stage.seed)
     learner = system.learner(stage, torch.device("cpu"), {})
@@ -301,6 +303,56 @@ def test_what_cannot_be_read_has_no_weight(root: str, tmp_path: Path) -> None:
     assert sum(line["num_unreadable"] for line in lines) > 0
     assert all(line["loss"] is not None for line in lines)
     assert load_final(gone.folder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picky(Letters):
+    """Refuses the texts of some samples, as a model does that they are too long for."""
+
+    kind = "picky"
+    refuses: tuple[str, ...] = ()
+
+    def on(self, device: torch.device) -> Callable[[Sequence[Sample]], list[torch.Tensor]]:
+        encode = super().on(device)
+
+        def picky(samples: Sequence[Sample]) -> list[torch.Tensor]:
+            if any(s.row["sample_id"] in self.refuses for s in samples):
+                raise ValueError("a text of 9 tokens: 8 are read")
+            return encode(samples)
+
+        return picky
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenoisePicky(Denoise):
+    refuses: tuple[str, ...] = ()
+
+    def encoders(self, stage: TrainStage) -> tuple[Encoder, ...]:
+        return (*super().encoders(stage), Picky(refuses=self.refuses))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_cannot_be_encoded_has_no_weight(
+    root: str, tmp_path: Path, micro_batch: int, first: bool
+) -> None:
+    """Be it the very first sample: its step's loss is less by its share, and those before equal."""
+    manifest = read_manifest(root, learners.DATA)
+    ids = manifest.rows["sample_id"].to_pylist()
+    picked = Plan(manifest.bucket, 4, seed=5).batch(0 if first else 3).rows[0]
+    system = DenoisePicky(refuses=(ids[picked],))
+    refused = job(root, tmp_path, system=system, micro_batch=micro_batch)
+    launch.alone(refused)
+    lines = tracking.read(refused.folder)
+    plain = job(root, tmp_path / "plain", micro_batch=micro_batch)
+    launch.alone(plain)
+    unweighed = [line["num_unreadable"] for line in lines]
+    begins = next(step for step, num in enumerate(unweighed) if num)
+    assert 0 < sum(unweighed) < 12 and (begins == 0) == first, "one of thirteen samples"
+    before, now = losses(plain), losses(refused)
+    assert now[:begins] == before[:begins] and 0 < now[begins] < before[begins]
+    with pytest.raises(ValueError, match=r"can be encoded.* a text of 9 tokens: 8 are read"):
+        launch.alone(job(root, tmp_path / "all", system=DenoisePicky(refuses=tuple(ids))))
 
 
 def test_figures_of_a_run(undisturbed: Job) -> None:

@@ -41,7 +41,7 @@ from trainers.loader import Loader, Micro
 from trainers.optim import adamw, average, rate, started_average
 from trainers.parallel import World
 from trainers.plan import Plan
-from trainers.system import Encoder, Learner, Noise, Sample
+from trainers.system import Bucket, Encoder, Learner, Noise, Sample
 from trainers.throughput import Meter, note_machine
 
 _log = logging.getLogger(__name__)
@@ -116,6 +116,8 @@ class Trainer:
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.meter = Meter(world.device, self.stage.precision)
         self.encoders = job.system.encoders(self.stage)
+        self._micros: Sequence[Micro] = ()  # of the step under way
+        self._spare: dict[Bucket, dict[str, Tensor]] = {}  # features of some sample
         self._running: dict[str, Callable[[Sequence[Sample]], list[Tensor]]] = {}
         self.loader = Loader(
             manifest,
@@ -179,7 +181,7 @@ class Trainer:
     def _step(self, step: int) -> Tensor:
         """Trains on the step's samples; gives this worker's share of the loss, and the norm."""
         waited = self.loader.waited_s
-        micros = self.loader.get(step)
+        micros = self._micros = self.loader.get(step)
         self.meter.step(self.stage.batch, self.loader.waited_s - waited)
         for group, optim in zip(self.optimizer.param_groups, self.stage.optim, strict=True):
             group["lr"] = rate(optim, step, self.stage.steps)
@@ -202,10 +204,10 @@ class Trainer:
         """Adds the gradient of a micro-batch; gives its part of the step's loss."""
         device, bf16 = self.world.device, self.stage.precision == "bf16"
         samples = micro.samples
-        self._encode(samples)
+        failed = self._encode(micro)
         batch = self.learner.batch(samples, Noise(self.stage.seed, step, micro.slots))
-        weight_B = torch.tensor([float(f is None) for f in micro.failed], device=device)
-        self.counts["unreadable"] += sum(f is not None for f in micro.failed)
+        weight_B = torch.tensor([float(f is None) for f in failed], device=device)
+        self.counts["unreadable"] += sum(f is not None for f in failed)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         with autocast:
             self.meter.count((samples[0].bucket, len(samples)), self.module, batch)
@@ -216,9 +218,39 @@ class Trainer:
             (loss * self.world.size).backward()  # which is averaged over workers
         return loss.detach()
 
-    def _encode(self, samples: Sequence[Sample]) -> None:
-        """Computes the features that the cache had not."""
-        complete_features(samples, self.encoders, self.loader.kinds, self._function)
+    def _encode(self, micro: Micro) -> list[str | None]:
+        """Computes the features that the cache had not; tells why a sample has none.
+
+        Such a one (a text too long, say) costs itself alone: it gets another's, and no weight.
+        """
+        samples, bucket = micro.samples, micro.samples[0].bucket
+        failed = list(micro.failed)
+        try:
+            complete_features(samples, self.encoders, self.loader.kinds, self._function)
+        except ValueError:
+            for index, sample in enumerate(samples):
+                try:
+                    complete_features([sample], self.encoders, self.loader.kinds, self._function)
+                except ValueError as error:
+                    failed[index] = " ".join(str(error).split())
+                    _log.warning("not trained on %s: %s", sample.row["sample_id"], failed[index])
+        if bucket not in self._spare:
+            self._spare[bucket] = self._stand_in()
+        for sample in samples:
+            if any(kind not in sample.features for kind in self.loader.kinds):
+                sample.features = self._spare[bucket]
+        return failed
+
+    def _stand_in(self) -> dict[str, Tensor]:
+        """Features of the first sample of this step that has them."""
+        for sample in (s for micro in self._micros for s in micro.samples):
+            try:
+                complete_features([sample], self.encoders, self.loader.kinds, self._function)
+            except ValueError as error:
+                why = " ".join(str(error).split())
+                continue
+            return sample.features
+        raise ValueError(f"no sample of this step can be encoded, the last one: {why}")
 
     def _function(self, encoder: Encoder) -> Callable[[Sequence[Sample]], list[Tensor]]:
         """An encoder, loaded when it is first needed."""
