@@ -25,7 +25,7 @@ from trainers.diffusion import (
     Parts,
     RandomParts,
     check_text,
-    ddim,
+    sampled,
     frozen,
     near,
     noised,
@@ -33,7 +33,7 @@ from trainers.diffusion import (
     to_unit,
 )
 from trainers.lora import attention_projections
-from trainers.vdm import VDM, Conditioning, Facts, Noised
+from trainers.vdm import VDM, Conditioning, Context, Facts, Noised, Variant
 
 _FRAMES_AT_ONCE = 16
 _VIDEO_SCHEDULE = {
@@ -113,7 +113,13 @@ class AnimateDiff(VDM):
         video: bool,
         device: torch.device,
         dtype: torch.dtype,
+        variant: Variant = Variant(),  # noqa: B008 - frozen
     ):
+        if variant != Variant():
+            raise ValueError(
+                "AnimateDiff takes no context, no windows and no other space: name a Wan or a"
+                " CogVideoX as the video model"
+            )
         parts = Folder.of("Stable Diffusion for AnimateDiff", base, motion)
         self._set(parts, video=video, device=device, dtype=dtype)
 
@@ -274,10 +280,11 @@ class AnimateDiff(VDM):
         *,
         steps: int,
         guidance_scale: float,
+        null_context: Context | None = None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> Tensor:
         """Latents (B, C, T, Y, X) by DDIM with classifier-free guidance."""
-        return ddim(
+        return sampled(
             self.denoise,
             self.scheduler,
             text,
@@ -285,6 +292,7 @@ class AnimateDiff(VDM):
             noise_BCTYX.to(self.device),
             steps=steps,
             guidance_scale=guidance_scale,
+            null_context=null_context,
             progress=progress,
         )
 

@@ -21,7 +21,7 @@ from trainers.diffusion import (
     Parts,
     RandomParts,
     check_text,
-    ddim,
+    sampled,
     near,
     noised,
     to_pixels,
@@ -29,7 +29,7 @@ from trainers.diffusion import (
 )
 from trainers.lora import attention_projections
 from trainers.scene_attention import SceneAttention, ScenePatchEmbed, plan_scenes
-from trainers.vdm import VDM, Conditioning, Facts, Noised
+from trainers.vdm import VDM, Conditioning, Context, Facts, Noised, Variant
 
 
 def facts(base: Weights, motion: Weights | None) -> Facts:
@@ -99,7 +99,9 @@ class CogVideoX(VDM):
         video: bool = True,
         device: torch.device,
         dtype: torch.dtype,
+        variant: Variant = Variant(),  # noqa: B008 - frozen
     ):
+        self._variant = variant
         self._set(_folder(base, motion), video=video, device=device, dtype=dtype)
 
     @classmethod
@@ -266,10 +268,11 @@ class CogVideoX(VDM):
         *,
         steps: int,
         guidance_scale: float,
+        null_context: Context | None = None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> Tensor:
         """Latents (B, C, T, Y, X) by DDIM with classifier-free guidance."""
-        return ddim(
+        return sampled(
             self.denoise,
             self.scheduler,
             text,
@@ -277,6 +280,7 @@ class CogVideoX(VDM):
             noise_BCTYX.to(self.device),
             steps=steps,
             guidance_scale=guidance_scale,
+            null_context=null_context,
             progress=progress,
         )
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.weights import Weights
-from trainers.vdm import Conditioning, Noised
+from trainers.vdm import Conditioning, Context, Noised
 
+FLOW_STEPS = 1000
+"""What a rectified flow's times 0 to 1 are multiplied by for the denoiser."""
 _WEIGHTS = tuple(
     f"{name}.safetensors{index}"
     for name in ("diffusion_pytorch_model", "model")
@@ -174,8 +176,61 @@ def noised(scheduler: Any, latents_BCTYX: Tensor, noise_BCTYX: Tensor, at_B: Ten
     return Noised(noisy_BCTYX, timestep_B, target_BCTYX)
 
 
+def flow_noised(
+    latents_BCTYX: Tensor, noise_BCTYX: Tensor, at_B: Tensor, shift: float = 1.0
+) -> Noised:
+    """What `VDM.noised` gives for a rectified flow: z_t = (1 - t) z_0 + t noise, and noise - z_0.
+
+    Times are logit-normal, and shifted towards noise; the denoiser is told them times 1000.
+
+    Source: SemanticGen (arXiv 2512.20619), equations 1 to 3; Esser et al. 2024, arXiv 2403.03206,
+    section 3.1 and equation 23, for the times and their shift.
+    """
+    if latents_BCTYX.dtype != torch.float32 or noise_BCTYX.dtype != torch.float32:
+        raise TypeError(f"noising is in float32: latents are {latents_BCTYX.dtype}")
+    time_B = shifted(torch.special.ndtri(at_B.to(latents_BCTYX.device)).sigmoid(), shift)
+    time_B1111 = time_B[:, None, None, None, None]
+    noisy_BCTYX = (1 - time_B1111) * latents_BCTYX + time_B1111 * noise_BCTYX
+    return Noised(noisy_BCTYX, time_B * FLOW_STEPS, noise_BCTYX - latents_BCTYX)
+
+
+def shifted(time: Tensor, shift: float) -> Tensor:
+    """Times of a flow moved towards noise: 0 and 1 stay."""
+    return shift * time / (1 + (shift - 1) * time)
+
+
+class Euler:
+    """Euler's method along a rectified flow from noise, as `sampled` drives it.
+
+    Args:
+        shift: Of the times, as in training.
+
+    Source: SemanticGen, equation 4.
+    """
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, shift: float = 1.0):
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        self._scheduler = FlowMatchEulerDiscreteScheduler(FLOW_STEPS, shift=shift)
+
+    def set_timesteps(self, steps: int) -> None:
+        """From pure noise to none in so many steps."""
+        self._scheduler.set_timesteps(sigmas=[1 - n / steps for n in range(steps)])
+
+    @property
+    def timesteps(self) -> Tensor:
+        """What the denoiser is told in each step."""
+        return self._scheduler.timesteps
+
+    def step(self, said_BCTYX: Tensor, timestep: Tensor, latents_BCTYX: Tensor) -> Any:
+        """One step along the predicted velocity."""
+        return self._scheduler.step(said_BCTYX, timestep, latents_BCTYX)
+
+
 @torch.no_grad()
-def ddim(
+def sampled(
     denoise: Callable[[Tensor, Tensor, Conditioning], Tensor],
     scheduler: Any,
     text: Conditioning,
@@ -184,9 +239,10 @@ def ddim(
     *,
     steps: int,
     guidance_scale: float,
+    null_context: Context | None = None,
     progress: Callable[[int], None],
 ) -> Tensor:
-    """What `VDM.generate` gives, by a scheduler of diffusers; float32.
+    """What `VDM.generate` gives, by a scheduler of diffusers or by `Euler`; float32.
 
     The unconditional prediction is a pass of its own: its text may be of another length than that
     of several scenes, and a pass needs half the memory.
@@ -194,7 +250,7 @@ def ddim(
     Source: Ho and Salimans 2022, arXiv 2207.12598, equation 6, with w + 1 for the scale.
     """
     num = len(noise_BCTYX)
-    null = Conditioning(null_LD.expand(num, 1, *null_LD.shape))
+    null = Conditioning(null_LD.expand(num, 1, *null_LD.shape), context=null_context)
     scheduler.set_timesteps(steps)
     latents_BCTYX = noise_BCTYX.float() * scheduler.init_noise_sigma
     for number, timestep in enumerate(scheduler.timesteps, start=1):

@@ -3,7 +3,8 @@
 To add a model, fill `VDM` in one file and name it in `Backbone`.
 
 Shapes: B samples, F frames, H W pixels; C latent channels, T latent frames, Y X latent lines and
-columns; L text positions, D their width, K scenes.
+columns; L text positions, D their width, K scenes; S frames of the context, V U their lines and
+columns, E width of the denoiser's tokens.
 """
 
 from __future__ import annotations
@@ -31,11 +32,42 @@ class Conditioning:
     """How much of each scene a frame follows, rows summing to 1: one-hot for a schedule of steps,
     else interpolated. None is one scene. F counts the video's frames; a latent frame follows the
     mean of the frames that it holds."""
+    context: Context | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Tokens beside the video's in the denoiser's sequence, of which nothing is predicted.
+
+    They take part in all layers, and their places in space and time are told as the video's are.
+    """
+
+    tokens_BSVUE: Tensor
+    middles: tuple[float, ...]
+    """Of each of the S frames the time in its middle, in frames of the video after the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A denoiser that is not quite as it was pretrained."""
+
+    channels: int | None = None
+    """Denoises a space of so many channels, a token a position, by first and last layers of its
+    own; None is the VAE's."""
+    window: int | None = None
+    """Attention in windows of so many frames of the video; None is full. See `trainers.windows`."""
+    scratch: bool = False
+    """Random weights in place of the pretrained."""
+    flow: bool = False
+    """Rectified flow in place of the model's own schedule."""
+    shift: float | None = None
+    """Of the flow's times towards noise; None is the model's own, or 1."""
 
 
 PARTS: dict[str, Literal["unet", "transformer"]] = {
     "animatediff": "unet",
     "cogvideox": "transformer",
+    "wan": "transformer",
 }
 """What diffusers calls the denoiser of each kind of model."""
 
@@ -52,6 +84,7 @@ class VDM(ABC):
         video: False is the plain picture model, where there is one apart.
         device: Where it runs.
         dtype: Of frozen weights.
+        variant: Of the denoiser.
     """
 
     text_dim: int
@@ -64,6 +97,8 @@ class VDM(ABC):
     """The denoiser's repeated layers."""
     lora_targets: Sequence[str]
     """Names of attention projections (to_q, to_k, to_v, to_out.0) outside motion modules."""
+    width: int | None = None
+    """E of the context that the denoiser takes; None: it takes none."""
     motion_lora_targets: Sequence[str] = ()
     """The same inside motion modules, where there are any."""
 
@@ -86,6 +121,12 @@ class VDM(ABC):
         """
         mean_BCTYX, deviation_BCTYX = moments_B2CTYX.float().unbind(1)
         latents_BCTYX = mean_BCTYX + deviation_BCTYX * posterior_BCTYX
+        return self.errors(latents_BCTYX, noise_BCTYX, at_B, text)
+
+    def errors(
+        self, latents_BCTYX: Tensor, noise_BCTYX: Tensor, at_B: Tensor, text: Conditioning
+    ) -> Tensor:
+        """The same for latents that are drawn already, float32."""
         example = self.noised(latents_BCTYX, noise_BCTYX, at_B)
         said_BCTYX = self.denoise(example.noisy_BCTYX, example.timestep_B, text)
         return (said_BCTYX.float() - example.target_BCTYX).square().flatten(1).mean(1)
@@ -140,16 +181,18 @@ class VDM(ABC):
         *,
         steps: int,
         guidance_scale: float,
+        null_context: Context | None = None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> Tensor:
-        """Latents (B, C, T, Y, X) by DDIM with classifier-free guidance.
+        """Latents (B, C, T, Y, X) by DDIM, or Euler's method for a flow, with guidance.
 
         Args:
             text: What is to be seen.
             null_LD: Unconditional text.
             noise_BCTYX: Standard normal float32; a sample's result depends on its own alone.
             steps: Of the sampler.
-            guidance_scale: 1 is none.
+            guidance_scale: Of classifier-free guidance; 1 is none.
+            null_context: Unconditional context, where there is a context.
             progress: Called with each step's number, from 1.
         """
 
@@ -178,18 +221,33 @@ class Noised:
 class Backbone:
     """Which video diffusion model."""
 
-    kind: Literal["animatediff", "cogvideox"]
+    kind: Literal["animatediff", "cogvideox", "wan"]
     base: Weights
     motion: Weights | None = None
     """AnimateDiff's motion adapter."""
 
-    def load(self, *, video: bool, device: torch.device, dtype: torch.dtype) -> VDM:
-        """The model, its parts to be loaded when used."""
+    def load(
+        self,
+        *,
+        video: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        variant: Variant = Variant(),  # noqa: B008 - frozen
+    ) -> VDM:
+        """The model, its parts to be loaded when used.
+
+        Raises:
+            ValueError: The model has no such variant.
+        """
         if self.kind == "animatediff":
             from trainers.animatediff import AnimateDiff as Model
-        else:
+        elif self.kind == "cogvideox":
             from trainers.cogvideox import CogVideoX as Model
-        return Model(self.base, self.motion, video=video, device=device, dtype=dtype)
+        else:
+            from trainers.wan import Wan as Model
+        return Model(
+            self.base, self.motion, video=video, device=device, dtype=dtype, variant=variant
+        )
 
     def facts(self) -> Facts:
         """What its configuration files say; loads no weights.
@@ -199,8 +257,10 @@ class Backbone:
         """
         if self.kind == "animatediff":
             from trainers.animatediff import facts
-        else:
+        elif self.kind == "cogvideox":
             from trainers.cogvideox import facts
+        else:
+            from trainers.wan import facts
         return facts(self.base, self.motion)
 
     def pinned(self) -> Backbone:
@@ -220,11 +280,15 @@ class Backbone:
         return {"kind": self.kind, "base": self.base.describe(), "motion": motion}
 
 
-def check_buckets(vdm: Backbone, buckets: Sequence[Bucket]) -> None:
+def check_buckets(
+    vdm: Backbone,
+    buckets: Sequence[Bucket],
+    variant: Variant = Variant(),  # noqa: B008 - frozen
+) -> None:
     """Raises ValueError where a model cannot take videos of a bucket's shape; loads no weights."""
     import torch
 
-    model = vdm.load(video=True, device=torch.device("cpu"), dtype=torch.float32)
+    model = vdm.load(video=True, device=torch.device("cpu"), dtype=torch.float32, variant=variant)
     for bucket in buckets:
         try:
             model.latent_shape(bucket.frames, bucket.height_px, bucket.width_px)
