@@ -25,10 +25,10 @@ from trainers.diffusion import (
     Parts,
     RandomParts,
     check_text,
-    sampled,
     frozen,
     near,
     noised,
+    sampled,
     to_pixels,
     to_unit,
 )

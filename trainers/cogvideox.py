@@ -21,9 +21,9 @@ from trainers.diffusion import (
     Parts,
     RandomParts,
     check_text,
-    sampled,
     near,
     noised,
+    sampled,
     to_pixels,
     to_unit,
 )

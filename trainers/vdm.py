@@ -232,7 +232,7 @@ class Backbone:
         video: bool,
         device: torch.device,
         dtype: torch.dtype,
-        variant: Variant = Variant(),  # noqa: B008 - frozen
+        variant: Variant = Variant(),
     ) -> VDM:
         """The model, its parts to be loaded when used.
 
@@ -283,7 +283,7 @@ class Backbone:
 def check_buckets(
     vdm: Backbone,
     buckets: Sequence[Bucket],
-    variant: Variant = Variant(),  # noqa: B008 - frozen
+    variant: Variant = Variant(),
 ) -> None:
     """Raises ValueError where a model cannot take videos of a bucket's shape; loads no weights."""
     import torch
