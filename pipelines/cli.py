@@ -44,8 +44,9 @@ def recipe_with(name: str, flags: ModelFlags, *, models_like: str | None = None)
     """
     given = [f for f in dataclasses.fields(ModelFlags) if getattr(flags, f.name) != f.default]
     if name not in WITH_MODELS:
-        if given:
-            fail(f"--{given[0].name.replace('_', '-')}: recipe {name!r} loads no model")
+        if given or models_like:
+            flag = given[0].name.replace("_", "-") if given else "models"
+            fail(f"--{flag}: recipe {name!r} loads no model")
         return recipe_named(name)
     lacking = [m for m in ("open_clip", "torch", "transformers") if not find_spec(m)]
     if lacking:

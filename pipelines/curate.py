@@ -85,6 +85,8 @@ class Args:
     """Silence after which another machine may take this dataset over."""
     json: bool = False
     """One JSON object on standard output, and nothing else."""
+    models: Literal["mimir", "small", "tiny"] | None = None
+    """Whose models, in place of the recipe's own: `long --models small`."""
     model: tyro.conf.OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
     """Models in place of the recipe's own."""
 
@@ -135,7 +137,7 @@ def resolve(args: Args) -> Recipe:
     if args.workers is not None and args.workers < 1:
         command.fail(f"--workers {args.workers}: must be 1 or more")
     scan = {n: getattr(args, n) for n in ("shots", "clip_seconds", "max_shot_s")}
-    recipe = cli.recipe_with(args.recipe, args.model)
+    recipe = cli.recipe_with(args.recipe, args.model, models_like=args.models)
     recipe = recipe.with_scan(**{n: value for n, value in scan.items() if value is not None})
     recipe = recipe.with_caption_frames(args.caption_frames)
     recipe = cli.with_pairs(recipe, args.instruction, args.language)

@@ -405,6 +405,20 @@ def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="module")
+def small(tiny_home: Path) -> Iterator[None]:
+    """The small checkpoints of training; threads would only wait for each other on them."""
+    import torch
+
+    from trainers.recipes import make_tiny
+
+    make_tiny()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def quadruples(
     samples: Path, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory, run_in_session: Run
@@ -421,4 +435,22 @@ def quadruples(
 
     paired = run_in_session("recaption", "--src", dst, "--models", "tiny", "--json", env=home)
     assert paired.code == 0, paired.err
+    return dst
+
+
+@pytest.fixture(scope="session")
+def spans(
+    samples: Path, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory, run_in_session: Run
+) -> Path:
+    """A dataset of the recipe `long`, captioned by small models: most of it is kept."""
+    src, dst = tmp_path_factory.mktemp("takes"), tmp_path_factory.mktemp("spans") / "set"
+    for name in ("coffee_pan.mp4", "astronaut_zoom.mp4", "two_to_one.mp4", "long_take.mp4"):
+        shutil.copy(samples / name, src)
+    loose = "aesthetic_score.lo=0 watermark_score.hi=1 clip_score.lo=0 ocr_area_frac.hi=1".split()
+    loose += [f"repetition_{n}gram.hi=1" for n in (2, 5, 10)]
+    made = run_in_session(
+        "curate", "long", "--models", "tiny", "--src", src, "--dst", dst, "--set", *loose,
+        "--json", env={"XDG_CACHE_HOME": str(tiny_home)},
+    )  # fmt: skip
+    assert made.code == 0, made.err
     return dst

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -18,6 +18,7 @@ import torch
 from conftest import Cluster
 from huggingface_hub import constants
 from safetensors.torch import load_file
+from training import Trained, job_of, train
 
 from engine.weights import Weights, tiny_folder
 from trainers import launch, tracking
@@ -28,57 +29,14 @@ from trainers.export import export
 from trainers.finetune_pipeline import FinetunedPipeline
 from trainers.generation import Generated, load_pipeline
 from trainers.job import Job, Options
-from trainers.recipes import NAMES, Recipe, make_tiny, recipe, with_settings, with_stages
+from trainers.recipes import NAMES, TINY, Recipe, recipe, with_settings, with_stages
 from trainers.rise import LORA, Rise
 from trainers.rise_pipeline import RisePipeline, shares_of
-from trainers.system import Bucket, Data, Noise, TrainStage
+from trainers.system import Bucket, Data, Noise
 from trainers.vdm import Conditioning
 
 REPOSITORY = Path(__file__).parents[1]
 RISE = ("rise_animatediff", "rise_cogvideox")
-
-
-@pytest.fixture(scope="module")
-def small(tiny_home: Path) -> Iterator[None]:
-    """The small checkpoints; threads would only wait for each other on them."""
-    make_tiny()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def job_of(found: Recipe, stage: TrainStage, root: object, out: Path, **options: object) -> Job:
-    chosen = {"trackers": (), "log_every": 1, "micro_batch": 2, "torch_threads": 1} | options
-    return Job(
-        recipe=found.name,
-        system=found.system,
-        stage=stage,
-        root=str(root),
-        out=str(out),
-        options=Options(**chosen),  # type: ignore[arg-type]
-    )
-
-
-def train(found: Recipe, root: Path, out: Path, **options: object) -> None:
-    for stage in found.stages:
-        job = job_of(found, stage, root, out, **options)
-        launch.check(job, 1)
-        launch.alone(job)
-
-
-@dataclasses.dataclass
-class Trained:
-    """A run of a recipe, and its export."""
-
-    recipe: Recipe
-    run: Path
-    export: Path
-
-    def stage(self, name: str) -> dict[str, torch.Tensor]:
-        found = load_final(self.run / name)
-        assert found
-        return found[1]
 
 
 Runs = Callable[[str], Trained]
@@ -90,10 +48,7 @@ def runs(small: None, quadruples: Path, tmp_path_factory: pytest.TempPathFactory
 
     @functools.cache
     def made(name: str) -> Trained:
-        found, folder = recipe(f"tiny_{name}"), tmp_path_factory.mktemp(name)
-        train(found, quadruples, folder / "run")
-        export(found, folder / "run", folder / "export")
-        return Trained(found, folder / "run", folder / "export")
+        return Trained.of(recipe(f"tiny_{name}"), quadruples, tmp_path_factory.mktemp(name))
 
     return made
 
@@ -510,7 +465,8 @@ def test_shards_train_as_the_whole_does(small: None, quadruples: Path, tmp_path:
     program = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
         "import torch, torch.distributed as dist\nfrom pathlib import Path\n"
-        "from test_rise import job_of, stages_of\nfrom trainers.loop import train\n"
+        "from test_rise import stages_of\nfrom training import job_of\n"
+        "from trainers.loop import train\n"
         "from trainers.parallel import World\n"
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "world = World.joined(torch.device('cpu'))\n"
@@ -552,8 +508,9 @@ def test_an_export_names_the_commits_of_hub_models(
 
 
 def test_every_recipe_is_well_formed(tiny_home: Path) -> None:
-    for name in NAMES:
+    for name in (*NAMES, *(f"{TINY}{name}" for name in NAMES)):
         found = recipe(name)
+        assert found.name == name
         ended: set[str] = set()
         for stage in found.stages:
             assert set(stage.after) <= ended, "a stage starts from those before it"

@@ -410,7 +410,7 @@ def test_scenes_of_cogvideox_equal_a_dense_mask(
             noisy.transpose(1, 2),
             text.flatten(1, 2),
             torch.tensor([500, 500]),
-            image_rotary_emb=model._rotary_of(3, 4, 4),
+            image_rotary_emb=model._layout.rotary((3, 4, 4)),
             attention_kwargs={"attention_mask": dense_mask(latent, model.text_len, 16)},
         ).sample.transpose(1, 2)
     ours = said(model, Conditioning(text, shares), noisy)

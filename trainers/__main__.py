@@ -30,10 +30,24 @@ from engine.lease import Lease
 from engine.session import connected
 from engine.tables import DatasetError, LeaseLost
 from trainers.job import Job, Options, Stopped
-from trainers.recipes import NAMES, Models, Recipe, make_tiny, recipe, with_settings, with_stages
+from trainers.recipes import (
+    NAMES,
+    TINY,
+    Models,
+    Recipe,
+    make_tiny,
+    recipe,
+    with_settings,
+    with_stages,
+)
 
 RUN = "run.json"
-_NAMES = "\n".join(f"{name}: {about}" for name, about in NAMES.items())
+_NAMES = "\n".join(
+    [
+        *(f"{name}: {about}" for name, about in NAMES.items()),
+        f"{TINY}NAME: any of these on small random models; runs anywhere, and means nothing",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +69,9 @@ class Cache:
     """See `trainers/recipes.py`."""
     data: str
     """The dataset."""
-    what: tuple[Literal["latents", "tokens", "states", "base_text"], ...] = ("latents", "tokens")
-    """States are large: 1 MB for each text of 120 tokens and a 7B model."""
+    what: tuple[str, ...] = ("latents", "tokens", "semantics", "answers")
+    """Of what the recipe's encoders give; states and texts are large: 1 MB for each text of 120
+    tokens and a 7B model."""
     retry_failed: bool = False
     """Try failures again that were final."""
     workers: int | None = None
@@ -109,16 +124,18 @@ class Generate:
     out: str = "out/videos"
     """Folder for the videos."""
     mode: Literal["dense", "multi_scene", "multilingual", "two_stage"] = "dense"
-    """What the LLM is asked for; two_stage rephrases to text and encodes that."""
+    """What the LLM is asked for (RISE-T2V); two_stage rephrases to text and encodes that."""
     frames: int | None = None
     """Of a video; like height and width, by default as it was trained."""
     height: int | None = None
     """In px."""
     width: int | None = None
     """In px."""
-    steps: int = 25
-    """Of the sampler."""
-    guidance_scale: float = 7.5
+    seconds: float | None = None
+    """Length of the video, in place of frames (SemanticGen)."""
+    steps: int | None = None
+    """Of the sampler; by default as the system's paper has it."""
+    guidance_scale: float | None = None
     """Of classifier-free guidance; 1 is none."""
     seed: int = 0
     """Of the noise."""
@@ -127,7 +144,13 @@ class Generate:
     language: str | None = None
     """Of the prompts in mode multilingual; by default detected."""
     sample: bool = False
-    """Draw the LLM's tokens; else the likeliest are taken."""
+    """Draw the LLM's tokens; else the likeliest are taken (RISE-T2V)."""
+    answers: Literal["sample", "greedy"] = "sample"
+    """How the LLM answers (Mimir)."""
+    temperature: float = 0.7
+    """Of answers that are sampled."""
+    reference: str | None = None
+    """A video to make others like, in place of planning from the text (SemanticGen)."""
     batch: int = 1
     """Prompts at once."""
     device: str | None = None
@@ -135,6 +158,11 @@ class Generate:
     json: bool = False
     """One JSON object on standard output, and nothing else."""
 
+
+_MODES = (
+    "mode", "schedule", "language", "sample", "answers", "temperature", "seconds", "reference",
+)  # fmt: skip
+"""Options of `generate` that not every system has."""
 
 Command = (
     Annotated[Cache, tyro.conf.subcommand("cache")]
@@ -261,11 +289,15 @@ def generate(args: Generate) -> None:
     if not args.prompt:
         raise ValueError('no prompt: python -m trainers generate FOLDER "a prompt"')
     pipe = load_pipeline(Path(command.destination(args.export)), device=args.device)
+    _check_modes(args, pipe.modes)
     folder = Path(command.destination(args.out))
     folder.mkdir(parents=True, exist_ok=True)
     shape = {n: getattr(args, n) for n in ("frames", "height", "width")}
-    how: dict[str, Any] = {"steps": args.steps, "guidance_scale": args.guidance_scale}
-    how |= {n: getattr(args, n) for n in pipe.modes}
+    how = {n: getattr(args, n) for n in pipe.modes} | {
+        n: getattr(args, n)
+        for n in ("steps", "guidance_scale")
+        if getattr(args, n) is not None  # else as the system has it
+    }
     told = []
     with _Bars() as bars:
         for start in range(0, len(args.prompt), args.batch):
@@ -291,12 +323,22 @@ def generate(args: Generate) -> None:
             command.out.print(f"note: {note}", highlight=False, markup=False)
 
 
+def _check_modes(args: Generate, known: tuple[str, ...]) -> None:
+    """Raises ValueError where an option was given that this system has no use for."""
+    for one in dataclasses.fields(Generate):
+        is_mode = one.name in _MODES and one.name not in known
+        if is_mode and getattr(args, one.name) != one.default:
+            has = ", ".join(f"--{name}" for name in known) or "none of its own"
+            option = one.name.replace("_", "-")
+            raise ValueError(f"--{option} is nothing to the system of this export: it has {has}")
+
+
 def _recipe(name: str, chosen: Chosen) -> Recipe:
     found = recipe(name, chosen.models)
     if chosen.stages:
         found = with_stages(found, chosen.stages)
     found = with_settings(found, chosen.set)
-    if name.startswith("tiny_"):
+    if name.startswith(TINY):
         command.err.print(
             f"recipe {name}: small random models, their outputs mean nothing", highlight=False
         )

@@ -1,7 +1,8 @@
 """CogVideoX, 2B and 5B: one transformer over the text's and the video's tokens together.
 
 Shapes: B samples, F frames, H W pixels; C latent channels, T latent frames, Y X latent lines and
-columns; L text positions, D their width, K scenes.
+columns; L text positions, D their width, K scenes; S frames of the context, V U their lines and
+columns, E width of the denoiser's tokens.
 
 Source: Yang et al. 2024, arXiv 2408.06072.
 """
@@ -9,6 +10,7 @@ Source: Yang et al. 2024, arXiv 2408.06072.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -16,11 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from engine.weights import Weights
+from trainers.cogvideox_context import (
+    ContextTransformer,
+    Layout,
+    from_scratch,
+    in_space,
+    move_to_space,
+)
 from trainers.diffusion import (
+    Euler,
     Folder,
     Parts,
     RandomParts,
     check_text,
+    flow_noised,
     near,
     noised,
     sampled,
@@ -30,6 +41,7 @@ from trainers.diffusion import (
 from trainers.lora import attention_projections
 from trainers.scene_attention import SceneAttention, ScenePatchEmbed, plan_scenes
 from trainers.vdm import VDM, Conditioning, Context, Facts, Noised, Variant
+from trainers.windows import check_window
 
 
 def facts(base: Weights, motion: Weights | None) -> Facts:
@@ -79,9 +91,10 @@ def _facts(parts: Parts) -> Facts:
 
 
 class CogVideoX(VDM):
-    """CogVideoX 2B (sine positions, text of one length) or 5B (rotary positions).
+    """CogVideoX 2B (sine positions, text of at least one length) or 5B (rotary positions).
 
-    Pictures are videos of one frame; `video` changes nothing.
+    Pictures are videos of one frame; `video` changes nothing. Several scenes go with neither a
+    context nor windows.
 
     Args:
         base: Folder of a CogVideoX, or its hub id.
@@ -89,6 +102,7 @@ class CogVideoX(VDM):
         video: Pictures and videos are the same to it.
         device: Where it runs.
         dtype: Of frozen weights.
+        variant: Of the transformer.
     """
 
     def __init__(
@@ -101,8 +115,7 @@ class CogVideoX(VDM):
         dtype: torch.dtype,
         variant: Variant = Variant(),  # noqa: B008 - frozen
     ):
-        self._variant = variant
-        self._set(_folder(base, motion), video=video, device=device, dtype=dtype)
+        self._set(_folder(base, motion), video=video, device=device, dtype=dtype, variant=variant)
 
     @classmethod
     def random(
@@ -112,26 +125,49 @@ class CogVideoX(VDM):
         video: bool = True,
         device: torch.device,
         dtype: torch.dtype,
+        variant: Variant = Variant(),  # noqa: B008 - frozen
     ) -> Self:
         """The model of these shapes with random weights, made where they run: to measure speed."""
         made = cls.__new__(cls)
-        made._set(RandomParts(configs), video=video, device=device, dtype=dtype)
+        variant = replace(variant, scratch=False)  # as these are
+        made._set(RandomParts(configs), video=video, device=device, dtype=dtype, variant=variant)
         return made
 
-    def _set(self, parts: Parts, *, video: bool, device: torch.device, dtype: torch.dtype) -> None:
+    def _set(
+        self,
+        parts: Parts,
+        *,
+        video: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        variant: Variant,
+    ) -> None:
         self._parts, self.facts, self._config = parts, _facts(parts), parts.config("transformer")
         self.video, self.device, self.dtype = video, torch.device(device), dtype
         self.text_dim, self.text_len = self.facts.text_dim, self.facts.text_len
-        self._rotary: dict[tuple[int, ...], tuple[Tensor, Tensor] | None] = {}
+        _check_variant(variant, self.facts)
+        self._variant, self._shift = variant, variant.shift or 1.0
+        self._patch = 1 if variant.channels else self._config["patch_size"]
+        self.width = None
+        if variant.channels is None:
+            self.width = self._config["num_attention_heads"] * self._config["attention_head_dim"]
+        self._layout = Layout(self._config, variant, self.facts.frames_per_latent, self.device)
 
     @cached_property
     def denoiser(self) -> nn.Module:
-        """The transformer, as in its file but for what several scenes need."""
+        """The transformer, as in its file but for the variant, and what scenes and context need."""
         from diffusers import CogVideoXTransformer3DModel
 
-        made = self._parts.load(CogVideoXTransformer3DModel, "transformer", self.device, self.dtype)
+        where = self.device, self.dtype
+        if self._variant.scratch:
+            made: Any = from_scratch(self._config, *where)
+        else:
+            made = self._parts.load(CogVideoXTransformer3DModel, "transformer", *where)
+        if self._variant.channels is not None:
+            move_to_space(made, self._variant.channels)
         made.set_attn_processor(SceneAttention())
-        made.patch_embed.__class__ = ScenePatchEmbed  # its weights and their names stay
+        # Weights and their names stay.
+        made.__class__, made.patch_embed.__class__ = ContextTransformer, ScenePatchEmbed
         return made
 
     @cached_property
@@ -159,10 +195,18 @@ class CogVideoX(VDM):
 
     @cached_property
     def scheduler(self) -> Any:
-        """The folder's noise schedule, sampled by DDIM."""
+        """The folder's noise schedule, sampled by DDIM; or a rectified flow's sampler."""
+        if self._variant.flow:
+            return Euler(self._shift)
         from diffusers import CogVideoXDDIMScheduler
 
         return CogVideoXDDIMScheduler.from_config(self._parts.config("scheduler"))
+
+    def denoiser_config(self) -> dict[str, Any]:
+        """What diffusers builds the transformer from, as JSON values."""
+        if self._variant.channels is None:
+            return dict(self._config)
+        return in_space(self._config, self._variant.channels)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -232,31 +276,35 @@ class CogVideoX(VDM):
 
     def noised(self, latents_BCTYX: Tensor, noise_BCTYX: Tensor, at_B: Tensor) -> Noised:
         """What the denoiser is given and what it should say, in float32."""
+        if self._variant.flow:
+            return flow_noised(latents_BCTYX, noise_BCTYX, at_B, self._shift)
         return noised(self.scheduler, latents_BCTYX, noise_BCTYX, at_B)
 
     def denoise(self, noisy_BCTYX: Tensor, timestep_B: Tensor, text: Conditioning) -> Tensor:
         """The transformer's prediction, (B, C, T, Y, X) in float32."""
-        check_text(text, self.text_dim)
+        self._check(noisy_BCTYX, text)
         scenes, length = text.tokens_BKLD.shape[1:3]
-        if length != self.text_len and not self.facts.any_text_len:
-            raise ValueError(
-                f"this CogVideoX takes text of {self.text_len} positions, not {length}: cut or fill"
-                " it"
-            )
         frames, lines, columns = noisy_BCTYX.shape[2:]
-        patch = self._config["patch_size"]
+        grid = frames, lines // self._patch, columns // self._patch
         plan = None
         if scenes > 1:
             assert text.shares_BFK is not None
             shares_BTK = self._shares_of_latents(text.shares_BFK, frames)
-            per_frame = (lines // patch) * (columns // patch)
-            plan = plan_scenes(shares_BTK, length, per_frame, self.device)
+            plan = plan_scenes(shares_BTK, length, grid[1] * grid[2], self.device)
+        context, beside = text.context, {}
+        if context is not None:
+            beside = {
+                "context_BNE": context.tokens_BSVUE.flatten(1, 3).to(self.device, self.dtype),
+                "context_places": self._layout.places(grid, context),
+            }
         said_BTCYX = self.denoiser(
             noisy_BCTYX.transpose(1, 2).to(self.dtype),
             text.tokens_BKLD.flatten(1, 2).to(self.device, self.dtype),
             timestep_B.to(self.device),
-            image_rotary_emb=self._rotary_of(frames, lines // patch, columns // patch),
+            image_rotary_emb=self._layout.rotary(grid, context),
             attention_kwargs=None if plan is None else {"plan": plan},
+            windows=self._layout.windows(grid, context),
+            **beside,
         ).sample
         return said_BTCYX.transpose(1, 2).float()
 
@@ -271,7 +319,7 @@ class CogVideoX(VDM):
         null_context: Context | None = None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> Tensor:
-        """Latents (B, C, T, Y, X) by DDIM with classifier-free guidance."""
+        """Latents (B, C, T, Y, X) by DDIM, or Euler's method for a flow, with guidance."""
         return sampled(
             self.denoise,
             self.scheduler,
@@ -295,24 +343,50 @@ class CogVideoX(VDM):
         first_B1K, rest_BFK = shares_BFK[:, :1], shares_BFK[:, 1:]
         return torch.cat([first_B1K, rest_BFK.unflatten(1, (-1, each)).mean(2)], 1)
 
-    def _rotary_of(self, frames: int, lines: int, columns: int) -> tuple[Tensor, Tensor] | None:
-        """Rotary positions of the video's tokens, as the pipeline makes them."""
-        if not self._config.get("use_rotary_positional_embeddings"):
-            return None
-        key = (frames, lines, columns)
-        if key not in self._rotary:
-            from diffusers.models.embeddings import get_3d_rotary_pos_embed
-            from diffusers.pipelines.cogvideo.pipeline_cogvideox import (
-                get_resize_crop_region_for_grid,
+    def _check(self, noisy_BCTYX: Tensor, text: Conditioning) -> None:
+        """Raises ValueError where the transformer cannot take these."""
+        check_text(text, self.text_dim)
+        num, scenes, length = text.tokens_BKLD.shape[:3]
+        if length < self.text_len and not self.facts.any_text_len:
+            raise ValueError(
+                f"this CogVideoX takes text of no less than {self.text_len} positions, not"
+                f" {length}: fill it"
+            )
+        channels = self._variant.channels or self._config["in_channels"]
+        if noisy_BCTYX.shape[1] != channels:
+            raise ValueError(
+                f"this CogVideoX denoises a space of {channels} channels, not of"
+                f" {noisy_BCTYX.shape[1]}"
+            )
+        context = text.context
+        if scenes > 1 and (context is not None or self._variant.window is not None):
+            raise ValueError(
+                f"CogVideoX takes {scenes} scenes with neither a context nor windows: give it one"
+                " scene, or a model without them"
+            )
+        if context is None:
+            return
+        if self.width is None:
+            raise ValueError("a CogVideoX of another space takes no context: leave it out")
+        *found, width = context.tokens_BSVUE.shape
+        if len(found) != 4 or (*found[:2], width) != (num, len(context.middles), self.width):
+            raise ValueError(
+                f"the context's tokens are {(*found, width)}, but {num} samples of"
+                f" {len(context.middles)} frames of lines and columns of {self.width} are needed"
             )
 
-            config, patch = self._config, self._config["patch_size"]
-            trained = config["sample_width"] // patch, config["sample_height"] // patch
-            self._rotary[key] = get_3d_rotary_pos_embed(
-                embed_dim=config["attention_head_dim"],
-                crops_coords=get_resize_crop_region_for_grid((lines, columns), *trained),
-                grid_size=(lines, columns),
-                temporal_size=frames,
-                device=self.device,
+
+def _check_variant(variant: Variant, facts: Facts) -> None:
+    if variant.window is not None:
+        if variant.channels is not None:
+            raise ValueError(
+                "windows are of the VAE's latent frames: leave out window, or channels"
             )
-        return self._rotary[key]
+        check_window(variant.window, {"a latent frame": facts.frames_per_latent})
+    if variant.channels is not None and variant.channels < 1:
+        raise ValueError(f"a space has channels, at least 1, not {variant.channels}")
+    if variant.shift is not None and not (variant.flow and variant.shift > 0):
+        raise ValueError(
+            f"a shift is of a rectified flow's times and above 0, but this is {variant.shift:g}"
+            f" with flow={variant.flow}"
+        )

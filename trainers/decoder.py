@@ -161,6 +161,40 @@ class DecoderLM:
         alone = [TextIds((), self.prompts.beginning, text.answer) for text in texts]
         return self.teacher_forced(alone, use_prefix=False)
 
+    def query_and_answer(
+        self, texts: Sequence[TextIds], num_query: Sequence[int], *, use_prefix: bool = True
+    ) -> list[tuple[Tensor, Tensor]]:
+        """States of each caption's tokens and of each answer's, (Q, D) and (S, D).
+
+        What stands around a caption (instruction and chat template) is read, and left out.
+
+        Args:
+            texts: With answers; their instructions may differ.
+            num_query: Q of each: see `Prompts.num_tokens`.
+            use_prefix: See `teacher_forced`.
+
+        Source:
+            Mimir (arXiv:2412.03085), section 2.2: query and answer tokens.
+        """
+        hidden_BND, begins = self._forced(texts, use_prefix=use_prefix)
+        found = []
+        for hidden_ND, begin, text, num in zip(hidden_BND, begins, texts, num_query, strict=True):
+            start = begin - len(text.rest)
+            query_QD = hidden_ND[start : start + num]
+            found.append((query_QD, hidden_ND[begin : begin + len(text.answer)]))
+        return found
+
+    def last_states(self, texts: Sequence[TextIds], *, use_prefix: bool = True) -> Tensor:
+        """The state of each prompt's last token (B, D), from which its answer would begin.
+
+        Args:
+            texts: Without answers; their instructions may differ.
+            use_prefix: See `teacher_forced`.
+        """
+        hidden_BND, begins = self._forced(texts, use_prefix=use_prefix)
+        last_B = torch.tensor(begins, dtype=torch.long, device=hidden_BND.device) - 1
+        return hidden_BND[torch.arange(len(begins), device=hidden_BND.device), last_B]
+
     def nll(self, texts: Sequence[TextIds]) -> list[float]:
         """How unlikely the model finds each answer: mean negative log-likelihood of its tokens.
 

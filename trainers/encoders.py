@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from engine.operator import resource
 from trainers.system import Encoder, Sample
-from trainers.vdm import Backbone
+from trainers.vdm import VDM, Backbone
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,13 @@ def dtype_of(precision: Precision) -> torch.dtype:
     import torch
 
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def empty_text(vdm: VDM) -> torch.Tensor:
+    """What the model's own text encoder makes of an empty text, (L, D); the encoder is let go."""
+    null_LD = vdm.encode_text([""])[0]
+    vars(vdm).pop("text_encoder", None)  # several GiB, and nothing else is asked of it
+    return null_LD
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from trainers import tracking
 from trainers.checkpoint import load_final
-from trainers.recipes import Recipe
+from trainers.recipes import TINY, Recipe
 from trainers.system import Card
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "ray")
@@ -72,7 +72,7 @@ def model_card(
     folder: str,
 ) -> str:
     """The model card in Markdown, with the front matter that a model hub reads."""
-    tiny = recipe.name.startswith("tiny_")
+    tiny = recipe.name.startswith(TINY)
     parts = [
         "---\nlibrary_name: diffusers\npipeline_tag: text-to-video\ntags: [reelwright]\n---",
         f"# {card.title}\n\nRecipe `{recipe.name}`, after {card.paper}.",

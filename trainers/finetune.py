@@ -1,7 +1,7 @@
-"""The baseline of RISE-T2V's table 6: the video model alone, fine-tuned on the same videos.
+"""The papers' baselines: the video model alone, trained on with the same videos and steps.
 
-No adapter and no LLM: the model's own text encoder reads the rephrased texts, and a LoRA of the
-same rank trains for the same number of steps.
+No module of theirs: the model's own text encoder reads the texts. RISE-T2V's table 6 trains a LoRA
+of its rank; SemanticGen's Base-CT the whole model, and Base-Swin-CT the same within windows.
 
 Shapes: B samples, L text positions, D their width; latents as in `trainers.vdm`.
 """
@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainers.encoders import BaseText, Latents, dtype_of
-from trainers.lora import add_lora, lora_state, save_lora
+from trainers.encoders import BaseText, Latents, dtype_of, empty_text
 from trainers.system import (
     Card,
     Encoder,
@@ -30,26 +29,40 @@ from trainers.system import (
     named,
     write_pipeline,
 )
-from trainers.vdm import PARTS, VDM, Backbone, Conditioning, check_buckets, drawn
+from trainers.tuning import Tuning, save_tuned, tune
+from trainers.vdm import VDM, Backbone, Conditioning, Variant, check_buckets, drawn
+from trainers.windows import check_window
 
 LORA = "finetune"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(System):
-    """LoRA on a video diffusion model with its own text encoder; one stage, `motion`."""
+    """A video diffusion model with its own text encoder, trained on; one stage."""
 
     vdm: Backbone
+    tuning: Tuning = "lora"
     rank: int = 128
+    """Of a LoRA."""
+    window_s: float | None = None
+    """Length of an attention window, in s; None is full attention."""
+    flow: bool = False
+    """Rectified flow in place of the model's own schedule."""
     text_dropout: float = 0.1
     """Share of samples that train the unconditional, which is the empty text."""
 
     def check(self, stage: TrainStage) -> None:
         """Raises ValueError where the model is missing or shapes do not meet."""
-        if stage.name != "motion":
-            raise ValueError(f"fine-tuning has the stage motion, and no {stage.name!r}")
-        self.vdm.facts()
-        check_buckets(self.vdm, stage.data.buckets)
+        facts = self.vdm.facts()
+        if self.window_s is not None:
+            units = {"a latent frame": facts.frames_per_latent}
+            check_window(self.window_s * stage.data.fps, units)
+        check_buckets(self.vdm, stage.data.buckets, self.variant(stage.data.fps))
+
+    def variant(self, fps: float) -> Variant:
+        """Of the denoiser."""
+        window = None if self.window_s is None else round(self.window_s * fps)
+        return Variant(window=window, flow=self.flow)
 
     def encoders(self, stage: TrainStage) -> tuple[Encoder, ...]:
         """The VAE and the model's own text encoder."""
@@ -65,9 +78,14 @@ class Finetune(System):
         parents: Mapping[str, Mapping[str, Tensor]],
     ) -> FinetuneLearner:
         """The system loaded for its stage."""
-        vdm = self.vdm.load(video=True, device=device, dtype=dtype_of(stage.precision))
-        add_lora(vdm.denoiser, self.rank, self.rank, vdm.lora_targets, LORA, seed=stage.seed)
-        return FinetuneLearner(vdm, self.text_dropout)
+        vdm = self.vdm.load(
+            video=True,
+            device=device,
+            dtype=dtype_of(stage.precision),
+            variant=self.variant(stage.data.fps),
+        )
+        tune(vdm, self.tuning, rank=self.rank, name=LORA, seed=stage.seed)
+        return FinetuneLearner(vdm, self.tuning, self.text_dropout)
 
     def export(
         self,
@@ -75,23 +93,29 @@ class Finetune(System):
         stages: Sequence[TrainStage],
         folder: Path,
     ) -> Card:
-        """Writes the LoRA, and what the pipeline is made of."""
-        trained = {n.removeprefix("denoiser."): t for n, t in results["motion"].items()}
-        part = PARTS[self.vdm.kind]
-        save_lora(lora_state(trained, LORA), folder, alpha=self.rank, part=part)
+        """Writes what was trained, and what the pipeline is made of."""
+        (stage,) = stages
         vdm = self.vdm.pinned()
+        files = save_tuned(
+            {n.removeprefix("denoiser."): t for n, t in results[stage.name].items()},
+            self.tuning,
+            folder,
+            vdm,
+            self.variant(stage.data.fps),
+            rank=self.rank,
+            name=LORA,
+            dtype=dtype_of(stage.precision),
+        )
         write_pipeline(folder, "finetune", replace(self, vdm=vdm), stages)
         return Card(
-            title="Baseline: the video model fine-tuned",
-            paper="the baseline of table 6 of RISE-T2V (arXiv 2511.04317)",
+            title="Baseline: the video model trained on",
+            paper="the baselines of RISE-T2V (arXiv 2511.04317, table 6) and SemanticGen"
+            " (arXiv 2512.20619, tables 1 and 2)",
             models={
                 "video model": named(vdm.base),
                 **({"motion modules": named(vdm.motion)} if vdm.motion else {}),
             },
-            files={
-                "pytorch_lora_weights.safetensors": "LoRA, for diffusers' load_lora_weights",
-                "pipeline.json": "base model and sizes",
-            },
+            files={**files, "pipeline.json": "base model and sizes"},
             usage=_USAGE,
         )
 
@@ -116,12 +140,13 @@ class FinetuneModule(nn.Module):
 class FinetuneLearner(Learner):
     """The baseline under training."""
 
-    def __init__(self, vdm: VDM, text_dropout: float):
+    def __init__(self, vdm: VDM, tuning: Tuning, text_dropout: float):
         self.module, self.blocks = FinetuneModule(vdm), vdm.blocks
         named_parameters = self.module.named_parameters()
-        self.groups = {"lora": [n for n, p in named_parameters if p.requires_grad]}
+        group = "lora" if tuning == "lora" else "denoiser"
+        self.groups = {group: [n for n, p in named_parameters if p.requires_grad]}
         self.counts = Counter()
-        self._null_LD, self._dropout = vdm.encode_text([""])[0], text_dropout
+        self._null_LD, self._dropout = empty_text(vdm), text_dropout
 
     def checkpoint_gradients(self) -> None:
         """From now on activations are computed again in backward."""

@@ -1,4 +1,4 @@
-"""From a prompt to a video with the baseline of RISE-T2V's table 6."""
+"""From a prompt to a video with the papers' baselines."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from trainers.generation import (
     Generated,
     Progress,
     Size,
-    add_exported_lora,
     asked,
     placed,
     videos_of,
 )
 from trainers.system import read_pipeline
+from trainers.tuning import load_tuned
 from trainers.vdm import VDM, Conditioning
 
 
 class FinetunedPipeline:
-    """The baseline of table 6: the video model with the LoRA that `Finetune` trained.
+    """A baseline: the video model as `Finetune` trained it on.
 
     Args:
-        vdm: With the LoRA.
+        vdm: With what was trained.
         size: Of its videos.
     """
 
@@ -44,9 +44,11 @@ class FinetunedPipeline:
         about = read_pipeline(folder, "finetune")
         system = Finetune.from_portable(about["finetune"])
         where, dtype = placed(device, precision)
-        vdm = system.vdm.load(video=True, device=where, dtype=dtype)
-        add_exported_lora(vdm, folder, LORA, system.vdm.kind, system.rank, vdm.lora_targets)
-        return cls(vdm, Size(**about["video"]))
+        size = Size(**about["video"])
+        variant = system.variant(size.fps)
+        vdm = system.vdm.load(video=True, device=where, dtype=dtype, variant=variant)
+        load_tuned(vdm, system.tuning, folder, system.vdm.kind, rank=system.rank, name=LORA)
+        return cls(vdm, size)
 
     def __call__(
         self,

@@ -20,11 +20,15 @@ from torch import Tensor
 from trainers.encoders import Precision, dtype_of
 from trainers.lora import add_lora, load_lora
 from trainers.system import Noise, system_of
-from trainers.vdm import PARTS, VDM, Conditioning
+from trainers.vdm import PARTS, VDM, Conditioning, Context
 
 if TYPE_CHECKING:
     from trainers.finetune_pipeline import FinetunedPipeline
+    from trainers.mimir_pipeline import MimirPipeline
     from trainers.rise_pipeline import RisePipeline
+    from trainers.semantic_pipeline import SemanticGenPipeline
+
+    Pipeline = RisePipeline | FinetunedPipeline | MimirPipeline | SemanticGenPipeline
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""
@@ -45,7 +49,7 @@ class Generated:
     notes: tuple[str, ...]
     """What did not go as asked, for a person."""
     timings: dict[str, float]
-    """Seconds of rephrasing, text, denoising and decoding, of the whole batch."""
+    """Seconds of what was done, by its name with `_s`, of the whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +85,17 @@ def asked(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[
 
 def load_pipeline(
     folder: Path, *, device: str | None = None, precision: Precision | None = None
-) -> RisePipeline | FinetunedPipeline:
+) -> Pipeline:
     """The pipeline of whatever system an export is of."""
     name = system_of(folder)
     if name == "rise":
         from trainers.rise_pipeline import RisePipeline as Pipeline
     elif name == "finetune":
         from trainers.finetune_pipeline import FinetunedPipeline as Pipeline
+    elif name == "mimir":
+        from trainers.mimir_pipeline import MimirPipeline as Pipeline
+    elif name == "semanticgen":
+        from trainers.semantic_pipeline import SemanticGenPipeline as Pipeline
     else:
         raise ValueError(f"{folder} is an export of {name}, which this program does not know")
     return Pipeline.from_export(folder, device=device, precision=precision)
@@ -103,6 +111,7 @@ def videos_of(
     *,
     steps: int,
     guidance_scale: float,
+    null_context: Context | None = None,
     progress: Progress,
 ) -> tuple[list[np.ndarray], dict[str, float]]:
     """uint8 videos (F, H, W, 3) from text, and the seconds that denoising and decoding took."""
@@ -115,18 +124,22 @@ def videos_of(
         noise_BCTYX.to(device),
         steps=steps,
         guidance_scale=guidance_scale,
+        null_context=null_context,
         progress=lambda step: progress("denoising", step, steps),
     )
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    denoised = time.perf_counter()
+    denoise_s = seconds_since(began, device)
+    began = time.perf_counter()
     progress("decoding", 0, 1)
     videos = list(vdm.decode(latents_BCTYX).cpu().numpy())
     progress("decoding", 1, 1)
-    return videos, {
-        "denoise_s": denoised - began,
-        "decode_s": time.perf_counter() - denoised,
-    }
+    return videos, {"denoise_s": denoise_s, "decode_s": seconds_since(began, device)}
+
+
+def seconds_since(began: float, device: torch.device) -> float:
+    """Seconds since a time of `time.perf_counter`, what the device still does included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 def placed(device: str | None, precision: Precision | None) -> tuple[torch.device, torch.dtype]:

@@ -156,6 +156,10 @@ class Prompts:
         self.check_length(len(text.prompt) + len(answer))
         return text
 
+    def num_tokens(self, original: str) -> int:
+        """Tokens of a caption alone: so many of `rest`, from its start."""
+        return len(self._words(original.strip()))
+
     def check_length(self, tokens: int, more: int = 0) -> None:
         """Raises ValueError where so many tokens, and `more`, are beyond the limit."""
         if self.limit is not None and tokens + more > self.limit:

@@ -28,6 +28,7 @@ from trainers.generation import (
     add_exported_lora,
     asked,
     placed,
+    seconds_since,
     videos_of,
 )
 from trainers.languages import language_of
@@ -233,7 +234,7 @@ class RisePipeline:
             seeds=seeds,
             progress=lambda n: progress("rephrasing", n, limit),
         )
-        rephrased_s = self._seconds(began)
+        rephrased_s = seconds_since(began, self.device)
         began = time.perf_counter()
         if mode == "two_stage":
             tokens_BLD = self.vdm.encode_text([r.text for r in said])
@@ -245,7 +246,7 @@ class RisePipeline:
             notes = [
                 (f"taken for {name}", *own) for name, own in zip(languages, notes, strict=True)
             ]
-        seconds = {"rephrase_s": rephrased_s, "text_s": self._seconds(began)}
+        seconds = {"rephrase_s": rephrased_s, "text_s": seconds_since(began, self.device)}
         return Text(
             conditioning=conditioning, rephrased=tuple(said), notes=tuple(notes), seconds=seconds
         )
@@ -266,11 +267,6 @@ class RisePipeline:
         for row_FK, own_FK in zip(shares_BFK, shares, strict=True):
             row_FK[:, : own_FK.shape[1]] = own_FK
         return Conditioning(tokens_BKLD, shares_BFK.to(tokens_BKLD.device))
-
-    def _seconds(self, began: float) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - began
 
 
 def shares_of(num_scenes: int, frames: int, schedule: Schedule) -> Tensor:

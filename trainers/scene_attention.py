@@ -27,6 +27,8 @@ from diffusers.models.embeddings import CogVideoXPatchEmbed, apply_rotary_emb
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from trainers.windows import Windows, attend
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -88,7 +90,7 @@ def _plan(
 
 
 class SceneAttention(CogVideoXAttnProcessor2_0):
-    """Joint attention of text and video; without a plan diffusers' own."""
+    """Joint attention of text and video; with neither plan nor windows diffusers' own."""
 
     def __call__(
         self,
@@ -98,9 +100,10 @@ class SceneAttention(CogVideoXAttnProcessor2_0):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         plan: tuple[Plan, ...] | None = None,
+        windows: Windows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The video's and the text's answers."""
-        if plan is None:
+        if plan is None and windows is None:
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -114,7 +117,10 @@ class SceneAttention(CogVideoXAttnProcessor2_0):
             _placed(x if norm is None else norm(x), num_text, image_rotary_emb)
             for x, norm in ((query, attn.norm_q), (key, attn.norm_k))
         )
-        said_BANE = torch.cat([_attend(p, query, key, value) for p in plan])
+        if windows is not None:
+            said_BANE = attend(query, key, value, windows, num_text)
+        else:
+            said_BANE = torch.cat([_attend(p, query, key, value) for p in plan])
         said_BND = attn.to_out[1](attn.to_out[0](said_BANE.transpose(1, 2).flatten(2)))
         return said_BND[:, num_text:], said_BND[:, :num_text]
 

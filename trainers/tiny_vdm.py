@@ -1,4 +1,4 @@
-"""An AnimateDiff and a CogVideoX of a few megabytes that this project builds itself, for tests.
+"""An AnimateDiff, a CogVideoX and a Wan of a few megabytes that this project builds, for tests.
 
 Architecture, tokenizers and file formats are the real ones, so the code that loads and runs the
 real models runs on them; sides of latents are an eighth of the video's, too. All weights are random
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainers.vdm_shapes import COGVIDEOX_2B, COGVIDEOX_5B, SD15
+from trainers.vdm_shapes import COGVIDEOX_2B, COGVIDEOX_5B, SD15, WAN_1_3B
 
 SEED = 17
 TEXT_DIM = 32
-"""D of both."""
+"""D of all."""
 
 _VAE_CHANNELS = (8, 8, 8, 8)
 _UNET = {
@@ -56,6 +56,24 @@ _TRANSFORMER = {
     "sample_frames": 9,
 }
 _T5 = {"d_model": TEXT_DIM, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+_WAN_TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "ffn_dim": 48,
+    "freq_dim": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": TEXT_DIM,
+}
+_WAN_VAE = {
+    "base_dim": 8,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "z_dim": 4,
+    "latents_mean": (-0.5, 0.25, 0.0, 0.125),
+    "latents_std": (0.5, 1.5, 2.0, 1.0),
+}
 
 
 def build_animatediff(folder: Path) -> Path:
@@ -111,6 +129,32 @@ def build_cogvideox(folder: Path, *, rotary: bool) -> Path:
                 shapes["transformer"] | _TRANSFORMER
             ),
             scheduler=CogVideoXDDIMScheduler.from_config(shapes["scheduler"]),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def build_wan(folder: Path) -> Path:
+    """Writes a Wan 2.1 for text alone into `folder`; gives the folder."""
+    from diffusers import (
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with _seeded():
+        tokenizer = _t5_tokenizer()
+        text = WAN_1_3B["text_encoder"] | _T5 | _special(tokenizer)
+        pipeline = WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=UMT5EncoderModel(UMT5Config(**text)),
+            vae=AutoencoderKLWan.from_config(WAN_1_3B["vae"] | _WAN_VAE),
+            scheduler=UniPCMultistepScheduler.from_config(WAN_1_3B["scheduler"]),
+            transformer=WanTransformer3DModel.from_config(
+                WAN_1_3B["transformer"] | _WAN_TRANSFORMER
+            ),
         )
     pipeline.save_pretrained(folder)
     return folder

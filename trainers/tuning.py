@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from trainers.lora import add_lora, load_lora, lora_state, save_lora
-from trainers.vdm import PARTS, VDM, Backbone
+from trainers.vdm import PARTS, VDM, Backbone, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ def save_tuned(
     tuning: Tuning,
     folder: Path,
     vdm: Backbone,
-    config: Mapping[str, Any],
+    variant: Variant,
     *,
     rank: int,
     name: str,
@@ -54,7 +54,7 @@ def save_tuned(
         tuning: As of `tune`.
         folder: There is, and is the export's own or one below it.
         vdm: Whose denoiser it is.
-        config: `denoiser.config`, for a denoiser that is whole.
+        variant: Of it.
         rank: As of `tune`.
         name: As of `tune`.
         dtype: Of whole weights in the file.
@@ -64,7 +64,10 @@ def save_tuned(
         (folder / part).mkdir()
         tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in trained.items()}
         save_file(tensors, folder / part / WHOLE, metadata={"format": "pt"})
-        words = json.dumps(dict(config), indent=1, default=list)
+        config = vdm.load(
+            video=True, device=torch.device("cpu"), dtype=dtype, variant=variant
+        ).denoiser_config()
+        words = json.dumps(config, indent=1)
         (folder / part / "config.json").write_text(words, encoding="utf-8")
         return {f"{part}/": "the whole denoiser, for diffusers' from_pretrained"}
     if tuning == "lora":

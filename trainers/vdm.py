@@ -131,6 +131,10 @@ class VDM(ABC):
         said_BCTYX = self.denoise(example.noisy_BCTYX, example.timestep_B, text)
         return (said_BCTYX.float() - example.target_BCTYX).square().flatten(1).mean(1)
 
+    def denoiser_config(self) -> dict[str, Any]:
+        """What diffusers builds the denoiser from, as JSON values."""
+        raise NotImplementedError(f"{type(self).__name__} names no configuration of its denoiser")
+
     @abstractmethod
     def latent_shape(self, frames: int, height_px: int, width_px: int) -> tuple[int, ...]:
         """(C, T, Y, X) of a video's latents.

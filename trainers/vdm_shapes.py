@@ -4,7 +4,7 @@ Each is what `RandomParts` takes: by part, what its `config.json` says beyond th
 defaults.
 
 Source: the configurations beside the weights of stable-diffusion-v1-5, animatediff-motion-adapter-
-v1-5-3, CogVideoX-2b and CogVideoX-5b.
+v1-5-3, CogVideoX-2b, CogVideoX-5b, Wan2.1-T2V-1.3B-Diffusers and Wan2.1-T2V-14B-Diffusers.
 """
 
 from __future__ import annotations
@@ -144,4 +144,48 @@ COGVIDEOX_5B: Shapes = {
     "vae": _COGVIDEOX_VAE | {"scaling_factor": 0.7},
     "text_encoder": _T5_XXL,
     "scheduler": _COGVIDEOX_SCHEDULER | {"snr_shift_scale": 1.0},
+}
+
+_WAN: Shapes = {
+    "": {"_class_name": "WanPipeline"},
+    "transformer": {
+        "_class_name": "WanTransformer3DModel",
+        "attention_head_dim": 128,
+        "cross_attn_norm": True,
+        "eps": 1e-6,
+        "freq_dim": 256,
+        "in_channels": 16,
+        "out_channels": 16,
+        "patch_size": (1, 2, 2),
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": 4096,
+    },
+    # Means and standard deviations of its latents are the library's defaults.
+    "vae": {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": 96,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "temperal_downsample": [False, True, True],
+        "z_dim": 16,
+    },
+    "text_encoder": _T5_XXL | {"vocab_size": 256384},
+    "scheduler": {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 3.0,
+    },
+}
+
+WAN_1_3B: Shapes = dict(_WAN) | {
+    "transformer": _WAN["transformer"]
+    | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+}
+
+WAN_14B: Shapes = dict(_WAN) | {
+    "transformer": _WAN["transformer"]
+    | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
