@@ -459,6 +459,13 @@ def bench_conditioning(work: Path) -> list[Line]:
     return [Line(*figure) for figure in conditioning(work)]
 
 
+def bench_windows(work: Path) -> list[Line]:
+    """A layer's time and memory on long video, in shifted windows and in full."""
+    from bench_windows import windows
+
+    return [Line(*figure) for figure in windows()]
+
+
 BENCHES: dict[str, Callable[[Path], list[Line]]] = {
     "decode": bench_decode,
     "cores": bench_cores,
@@ -474,6 +481,7 @@ BENCHES: dict[str, Callable[[Path], list[Line]]] = {
     "features": bench_features,
     "prefix": bench_prefix,
     "conditioning": bench_conditioning,
+    "windows": bench_windows,
 }
 
 

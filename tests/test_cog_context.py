@@ -160,8 +160,9 @@ def test_the_configuration_is_the_transformers_own(load: Load, folder: Path) -> 
 
 def test_places_are_counted_in_the_videos_tokens() -> None:
     assert middles_of(4, 4) == (0, 2.5, 6.5, 10.5) and middles_of(3, 1) == (0, 1, 2)
-    assert time_places(middles_of(4, 4)[1:], 4).tolist() == [1, 2, 3]
-    assert time_places((-1.5, 0, 4.5, 36.5), 4).tolist() == [0, 0.375, 1.5, 9.5]
+    for each in (1, 4, 8):
+        assert time_places(middles_of(4, each), each).tolist() == [0, 1, 2, 3]
+    assert time_places((1.25, 4.5, 36.5), 4).tolist() == [0.5, 1.5, 9.5]
     assert cell_places(4, 4).tolist() == [0, 1, 2, 3]
     assert cell_places(2, 4).tolist() == [0.5, 2.5]
     assert cell_places(8, 4).tolist() == [-0.25, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25]
@@ -423,6 +424,8 @@ def test_from_scratch_are_the_librarys_weights_of_a_seed(
     torch.rand(1)
     again = load("sincos", scratch=True, **more).denoiser.state_dict()
     assert all(torch.equal(again[n], t) for n, t in state.items())
+    half = load("sincos", torch.bfloat16, scratch=True, **more).denoiser.state_dict()
+    assert all(torch.equal(half[n], t.bfloat16()) for n, t in state.items())
     theirs = stock("sincos")
     assert not same(state["transformer_blocks.0.ff.net.2.weight"],
                     theirs.state_dict()["transformer_blocks.0.ff.net.2.weight"])  # fmt: skip

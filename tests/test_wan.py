@@ -314,7 +314,9 @@ class Masked(WanAttnProcessor):
         return super().__call__(attn, hidden, text, self.mask_NN, rotary_emb)
 
 
-def same_window(video: Sequence[int], context: Sequence[int], per_frame: int, per_context: int):
+def same_window(
+    video: Sequence[int], context: Sequence[int], per_frame: int, per_context: int
+) -> torch.Tensor:
     numbers = torch.tensor([n for n in video for _ in range(per_frame)]
                            + [n for n in context for _ in range(per_context)])  # fmt: skip
     return numbers[:, None] == numbers[None]

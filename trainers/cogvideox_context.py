@@ -177,12 +177,12 @@ def middles_of(latent_frames: int, each: int) -> tuple[float, ...]:
 
 
 def time_places(middles: Sequence[float], each: int) -> Tensor:
-    """Where frames of such middles lie among latent frames of `each` frames.
+    """Where times lie among latent frames of `each` frames; `middles_of` gives 0, 1, 2 and so on.
 
-    Latent frames after the first are at 1, 2 and so on. The first holds only the last frame of its
-    time, so that frame itself, middle 0, is behind 0.
+    The first latent frame holds one frame of the video, so the second is nearer to it.
     """
-    return (torch.tensor(middles, dtype=torch.float32) + (each - 1) / 2) / each
+    times, half = torch.tensor(middles, dtype=torch.float32), (each - 1) / 2
+    return torch.minimum(times / (each - half), (times + half) / each)
 
 
 def cell_places(num: int, of: int) -> Tensor:

@@ -331,12 +331,11 @@ class SemanticLearner(Learner):
     def __init__(self, module: FillModule | PlanModule, system: SemanticGen):
         self.module, self.system, self.blocks = module, system, module.vdm.blocks
         trained = [n for n, p in module.named_parameters() if p.requires_grad]
-        fits = [n for n in trained if n.startswith("compressor.whitening.")]
-        beside = [n for n in trained if n.startswith(("compressor.", "beside.")) and n not in fits]
-        denoiser = [n for n in trained if n.startswith("denoiser.")]
-        self.groups = {"denoiser": denoiser}
-        if isinstance(module, FillModule):
-            self.groups |= {"semantic": beside, "whitening": fits}
+        members = {
+            group: [n for n in trained if group_of(n) == group]
+            for group in ("denoiser", "semantic", "whitening")
+        }
+        self.groups = {group: names for group, names in members.items() if names}
         self.counts = Counter()
         self._null_LD = empty_text(module.vdm)
 
@@ -369,6 +368,13 @@ class SemanticLearner(Learner):
             "moments_B2CTYX": moments_B2CTYX,
             **drawn(noise, moments_B2CTYX),
         }
+
+
+def group_of(name: str) -> str:
+    """The optimiser group of a parameter."""
+    if name.startswith("compressor.whitening."):
+        return "whitening"
+    return "denoiser" if name.startswith("denoiser.") else "semantic"
 
 
 def whitened(whitening: nn.Module, embeddings: Tensor) -> Tensor:

@@ -187,6 +187,8 @@ class SemanticGenPipeline:
     def embeddings_of(self, reference: str | Path, bucket: Bucket) -> Tensor:
         """Whitened embeddings of a video file, the posterior's means, (1, K, S, V, U)."""
         uri, fps = str(reference), self.size.fps
+        if not Path(uri).is_file():
+            raise ValueError(f"{uri} is no file: name a video to take embeddings of")
         length_s = probe(uri).duration_s
         if length_s is None or length_s + 0.5 / fps < (bucket.frames - 1) / fps:
             found = "of unknown length" if length_s is None else f"{length_s:.2f} s long"
