@@ -30,16 +30,14 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from engine.weights import Weights  # noqa: E402
 from trainers.cogvideox import CogVideoX  # noqa: E402
 from trainers.cogvideox_context import (  # noqa: E402
-    SEED,
     ContextTransformer,
-    cell_places,
-    middles_of,
     rotary_at,
     rotary_of,
     sincos_at,
-    time_places,
 )
+from trainers.diffusion import SEED  # noqa: E402
 from trainers.lora import add_lora, load_lora, lora_state  # noqa: E402
+from trainers.places import latent_middles  # noqa: E402
 from trainers.tiny_vdm import TEXT_DIM, build_cogvideox  # noqa: E402
 from trainers.tuning import tune  # noqa: E402
 from trainers.vdm import Conditioning, Context, Variant  # noqa: E402
@@ -158,22 +156,12 @@ def test_the_configuration_is_the_transformers_own(load: Load, folder: Path) -> 
 # Places
 
 
-def test_places_are_counted_in_the_videos_tokens() -> None:
-    assert middles_of(4, 4) == (0, 2.5, 6.5, 10.5) and middles_of(3, 1) == (0, 1, 2)
-    for each in (1, 4, 8):
-        assert time_places(middles_of(4, each), each).tolist() == [0, 1, 2, 3]
-    assert time_places((1.25, 4.5, 36.5), 4).tolist() == [0.5, 1.5, 9.5]
-    assert cell_places(4, 4).tolist() == [0, 1, 2, 3]
-    assert cell_places(2, 4).tolist() == [0.5, 2.5]
-    assert cell_places(8, 4).tolist() == [-0.25, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25]
-
-
 @pytest.mark.parametrize("lines, columns", [(30, 45), (4, 4), (5, 30), (45, 20), (1, 1)])
 def test_rotary_at_the_videos_own_places_is_the_librarys(lines: int, columns: int) -> None:
     """In regions that are cropped, too: of the shape trained, wider and higher."""
     crop = get_resize_crop_region_for_grid((lines, columns), 45, 30)
     theirs = get_3d_rotary_pos_embed(64, crop, (lines, columns), 13)
-    own = torch.arange(13.0), cell_places(lines, lines), cell_places(columns, columns)
+    own = tuple(torch.arange(float(n)) for n in (13, lines, columns))
     both = rotary_of((13, lines, columns), (30, 45), 64, CPU, own)
     for ours, their in zip(both, theirs, strict=True):
         video, context = ours.chunk(2)
@@ -226,7 +214,7 @@ def test_a_context_of_the_videos_own_tokens_is_more_video(
         ).sample.transpose(1, 2)
         tokens = theirs.patch_embed.proj(noisy[:, :, 2:].transpose(1, 2).flatten(0, 1))
     tokens_BSVUE = tokens.unflatten(0, (2, 3)).movedim(2, 4)
-    context = Context(tokens_BSVUE, middles_of(5, 4)[2:])
+    context = Context(tokens_BSVUE, latent_middles(5, 4)[2:])
     ours = said(model, noisy[:, :, :2], said_of(context=context))
     close(ours, expected[:, :, :2])
     assert (ours - said(model, noisy[:, :, :2], text)).abs().max() > 1e-3

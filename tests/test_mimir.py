@@ -90,13 +90,11 @@ Runs = Callable[[str], Trained]
 
 @pytest.fixture(scope="module")
 def runs(system: Mimir, captioned: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """A run for each tuning, and of the baseline, with its export; made when it is asked for."""
+    """A run for each tuning, and of some rows, with its export; made when it is asked for."""
 
     @functools.cache
     def made(name: str) -> Trained:
-        own = dataclasses.replace(system, tuning=name)
-        if name == "baseline":
-            own = dataclasses.replace(system, **ROWS["baseline"])
+        own = dataclasses.replace(system, **ROWS.get(name, {"tuning": name}))
         found = recipe_of(own, steps=8 if name == "full" else 2)
         return Trained.of(found, captioned, tmp_path_factory.mktemp(name))
 
@@ -353,7 +351,7 @@ def test_a_run_goes_on_bit_for_bit(system: Mimir, captioned: Path, tmp_path: Pat
 # Exports and videos
 
 
-@pytest.mark.parametrize("name", [*TUNINGS, "baseline"])
+@pytest.mark.parametrize("name", [*TUNINGS, "baseline", "decoder"])
 def test_an_export_gives_the_same_pixels(runs: Runs, name: str) -> None:
     made = runs(name)
     first, again = (MimirPipeline.from_export(made.export) for _ in range(2))

@@ -26,14 +26,15 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor  # no
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
 from engine.weights import Weights  # noqa: E402
-from trainers.context_wan import rotary, spread  # noqa: E402
+from trainers.context_wan import rotary  # noqa: E402
 from trainers.diffusion import Euler, flow_noised, sampled, shifted  # noqa: E402
 from trainers.lora import add_lora, load_lora, lora_state, save_lora  # noqa: E402
+from trainers.places import latent_middles, latent_time, spread  # noqa: E402
 from trainers.tiny_vdm import TEXT_DIM, build_wan  # noqa: E402
 from trainers.tuning import tune  # noqa: E402
 from trainers.vdm import Backbone, Conditioning, Context, Variant  # noqa: E402
 from trainers.vdm_shapes import WAN_1_3B, WAN_14B  # noqa: E402
-from trainers.wan import Wan, latent_middles, latent_time  # noqa: E402
+from trainers.wan import Wan  # noqa: E402
 from trainers.windows import attend, check_window, plan_windows  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -4,6 +4,7 @@
     python -m trainers train    RECIPE --data DATASET --out RUN      all its stages, or goes on
     python -m trainers export   RUN FOLDER                           what others load
     python -m trainers generate FOLDER "a prompt" --out VIDEOS
+    python -m trainers analyse  FOLDER --out PICTURES                figure 7 of Mimir
 
 Run the same command again to go on after an interruption.
 """
@@ -164,11 +165,33 @@ _MODES = (
 )  # fmt: skip
 """Options of `generate` that not every system has."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Analyse:
+    """Draws figure 7 of Mimir: what its encoder, its LLM and their fusion make of prompts."""
+
+    export: tyro.conf.Positional[str]
+    """Folder that `export` wrote, of Mimir."""
+    out: str = "out/figure7"
+    """Folder for the pictures, and the numbers behind them."""
+    prompts: str | None = None
+    """File with a prompt a line, in place of fifty of our own."""
+    prompt: str = "a red car drives down a road"
+    """That is answered many times."""
+    answers: int = 50
+    """How often."""
+    seed: int = 0
+    """Of the answers, and of t-SNE."""
+    device: str | None = None
+    """By default a GPU where there is one."""
+
+
 Command = (
     Annotated[Cache, tyro.conf.subcommand("cache")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Analyse, tyro.conf.subcommand("analyse")]
 )
 
 
@@ -176,7 +199,7 @@ def main() -> int:
     """Does what the command line says; gives the exit code."""
     args = command.arguments(Command, f"{__doc__}\nRecipes:\n\n{_NAMES}")  # type: ignore[arg-type]
     command.set_up_logging()
-    does = {Cache: cache, Train: train, Export: export, Generate: generate}
+    does = {Cache: cache, Train: train, Export: export, Generate: generate, Analyse: analyse}
     try:
         does[type(args)](args)
     except (DatasetError, ValueError) as error:
@@ -321,6 +344,28 @@ def generate(args: Generate) -> None:
         command.out.print(seconds, highlight=False, style="dim")
         for note in about["notes"]:
             command.out.print(f"note: {note}", highlight=False, markup=False)
+
+
+def analyse(args: Analyse) -> None:
+    """`python -m trainers analyse`."""
+    from trainers.mimir_pipeline import MimirPipeline
+    from trainers.token_figures import draw, prompts_of
+
+    prompts = prompts_of(args.prompts)
+    pipe = MimirPipeline.from_export(command.destination(args.export), device=args.device)
+    folder = Path(command.destination(args.out))
+    with _Bars() as bars:
+        written = draw(
+            pipe,
+            prompts,
+            args.prompt,
+            folder,
+            answers=args.answers,
+            seed=args.seed,
+            progress=bars.generate,
+        )
+    for path in written:
+        command.out.print(str(path), highlight=False, soft_wrap=True)
 
 
 def _check_modes(args: Generate, known: tuple[str, ...]) -> None:

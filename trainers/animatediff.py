@@ -11,6 +11,7 @@ Source: Guo et al. 2023, arXiv 2307.04725; its public training code for the sche
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -209,6 +210,11 @@ class AnimateDiff(VDM):
     def num_latent_frames(self, frames: int) -> int:
         """T of a video."""
         return frames
+
+    def denoiser_config(self) -> dict[str, Any]:
+        """As JSON values."""
+        config = {n: v for n, v in dict(self.denoiser.config).items() if not n.startswith("_")}
+        return {"_class_name": type(self.denoiser).__name__} | json.loads(json.dumps(config))
 
     def latent_shape(self, frames: int, height_px: int, width_px: int) -> tuple[int, ...]:
         """(C, T, Y, X) of a video's latents."""

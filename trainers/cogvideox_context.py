@@ -15,9 +15,8 @@ Source: SemanticGen (arXiv 2512.20619), sections 3.3 and 3.4, on CogVideoX.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +30,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
-from trainers.diffusion import RandomParts
+from trainers.diffusion import RandomParts, seeded
+from trainers.places import latent_time, spread, windows_of_layers
 from trainers.vdm import Context, Variant
-from trainers.windows import Windows, plan_windows
-
-SEED = 17
-"""Of layers that are not the pretrained ones."""
+from trainers.windows import Windows
 
 Grid = tuple[int, int, int]
 """Frames, lines and columns of tokens."""
@@ -129,7 +126,7 @@ def from_scratch(
 ) -> CogVideoXTransformer3DModel:
     """A transformer as the library initialises it: of a seed, and the same on every device."""
     parts = RandomParts({"transformer": config})
-    with _seeded():
+    with seeded():
         made = parts.load(
             CogVideoXTransformer3DModel, "transformer", torch.device("cpu"), torch.float32
         )
@@ -151,7 +148,7 @@ def move_to_space(transformer: Any, channels: int) -> None:
     """Gives a transformer new first and last layers, and what else `in_space` says."""
     config = in_space(transformer.config, channels)
     embed, out = transformer.patch_embed, transformer.proj_out
-    with _seeded():
+    with seeded():
         first = nn.Conv2d(channels, embed.embed_dim, 1, bias=embed.proj.bias is not None)
         last = nn.Linear(out.in_features, channels, bias=out.bias is not None)
     embed.proj = first.to(embed.proj.weight).requires_grad_(False)
@@ -159,35 +156,6 @@ def move_to_space(transformer: Any, channels: int) -> None:
     for name in ("patch_size", "sample_height", "sample_width"):
         setattr(embed, name, config[name])
     transformer.register_to_config(**config)
-
-
-@contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEED)  # of the CPU alone: no other one is put back
-        yield
-
-
-def middles_of(latent_frames: int, each: int) -> tuple[float, ...]:
-    """Of each latent frame the time in its middle, in frames of the video after the first.
-
-    The first holds one frame, the others `each`.
-    """
-    return (0.0, *(each * n - (each - 1) / 2 for n in range(1, latent_frames)))
-
-
-def time_places(middles: Sequence[float], each: int) -> Tensor:
-    """Where times lie among latent frames of `each` frames; `middles_of` gives 0, 1, 2 and so on.
-
-    The first latent frame holds one frame of the video, so the second is nearer to it.
-    """
-    times, half = torch.tensor(middles, dtype=torch.float32), (each - 1) / 2
-    return torch.minimum(times / (each - half), (times + half) / each)
-
-
-def cell_places(num: int, of: int) -> Tensor:
-    """Where the centres of `num` equal cells lie that cover as much as `of` tokens."""
-    return (torch.arange(num, dtype=torch.float32) + 0.5) * (of / num) - 0.5
 
 
 def rotary_at(places: Places, width: int) -> tuple[Tensor, Tensor]:
@@ -302,10 +270,13 @@ class Layout:
         """Of the context's tokens among the video's."""
         lines, columns = context.tokens_BSVUE.shape[2:4]
         return (
-            time_places(context.middles, self._each).to(self._device),
-            cell_places(lines, grid[1]).to(self._device),
-            cell_places(columns, grid[2]).to(self._device),
+            self._at([latent_time(m, self._each) for m in context.middles]),
+            self._at(spread(lines, grid[1])),
+            self._at(spread(columns, grid[2])),
         )
+
+    def _at(self, places: Sequence[float]) -> Tensor:
+        return torch.tensor(places, dtype=torch.float32, device=self._device)
 
     def rotary(self, grid: Grid, context: Context | None = None) -> tuple[Tensor, Tensor] | None:
         """As `rotary_of`; None where the transformer adds sine positions."""
@@ -330,22 +301,17 @@ class Layout:
         if self._variant.window is None:
             return None
         frames, lines, columns = grid
-        per_frame = 0 if context is None else math.prod(context.tokens_BSVUE.shape[2:4])
         key = (grid, _shape(context))
         if key not in self._windows:
-            even, odd = (
-                plan_windows(
-                    middles_of(frames, self._each),
-                    lines * columns,
-                    self._variant.window,
-                    shifted=shifted,
-                    context_middles=() if context is None else context.middles,
-                    context_per_frame=per_frame,
-                    device=self._device,
-                )
-                for shifted in (False, True)
+            self._windows[key] = windows_of_layers(
+                frames,
+                lines * columns,
+                self._each,
+                self._variant.window,
+                () if context is None else context.middles,
+                0 if context is None else math.prod(context.tokens_BSVUE.shape[2:4]),
+                self._device,
             )
-            self._windows[key] = even, odd
         return self._windows[key]
 
 

@@ -9,8 +9,7 @@ Source: SemanticGen (arXiv 2512.20619), sections 3.3 and 3.4.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,20 +20,13 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanR
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from trainers.diffusion import frozen
+from trainers.diffusion import frozen, seeded
 from trainers.windows import Windows, attend
 
-SEED = 0
-"""Of weights that are not pretrained."""
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines (1, N, 1, R) of where each token is, repeated for its pairs of channels."""
 Grid = tuple[Sequence[float], Sequence[float], Sequence[float]]
 """Times, lines and columns of a block of tokens; a video's own are at whole numbers."""
-
-
-def spread(num: int, over: int) -> list[float]:
-    """Middles of `num` equal cells that cover `over` tokens, which are at whole numbers."""
-    return [(n + 0.5) * over / num - 0.5 for n in range(num)]
 
 
 def rotary(rope: WanRotaryPosEmbed, grids: Sequence[Grid], device: torch.device) -> Rotary:
@@ -181,11 +173,3 @@ def respace(denoiser: ContextWan, channels: int) -> None:
 def of_space(channels: int) -> dict[str, Any]:
     """What the configuration of such a denoiser says otherwise."""
     return {"in_channels": channels, "out_channels": channels, "patch_size": (1, 1, 1)}
-
-
-@contextlib.contextmanager
-def seeded() -> Iterator[None]:
-    """Weights are drawn the same wherever they go; other randomness is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEED)
-        yield

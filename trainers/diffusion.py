@@ -6,9 +6,10 @@ columns; L text positions, D their width, K scenes; N pictures.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from engine.weights import Weights
 from trainers.vdm import Conditioning, Context, Noised
 
+SEED = 0
+"""Of weights that are not pretrained."""
 FLOW_STEPS = 1000
 """What a rectified flow's times 0 to 1 are multiplied by for the denoiser."""
 _WEIGHTS = tuple(
@@ -153,6 +156,14 @@ class RandomParts(Parts):
 def frozen(module: nn.Module, device: torch.device) -> nn.Module:
     """The module for inference, on the device."""
     return module.requires_grad_(False).eval().to(device)
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """Weights are drawn the same wherever they go; other randomness is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)  # of the CPU alone: no other one is put back
+        yield
 
 
 def noised(scheduler: Any, latents_BCTYX: Tensor, noise_BCTYX: Tensor, at_B: Tensor) -> Noised:

@@ -27,6 +27,13 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def stacked(samples: Sequence[Sample], kind: str, device: torch.device) -> torch.Tensor:
+    """A feature of samples as one tensor on a device, wherever each was computed or read."""
+    import torch
+
+    return torch.stack([s.features[kind].to(device) for s in samples])
+
+
 def empty_text(vdm: VDM) -> torch.Tensor:
     """What the model's own text encoder makes of an empty text, (L, D); the encoder is let go."""
     null_LD = vdm.encode_text([""])[0]

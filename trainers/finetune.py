@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainers.encoders import BaseText, Latents, dtype_of, empty_text
+from trainers.encoders import BaseText, Latents, dtype_of, empty_text, stacked
 from trainers.system import (
     Card,
     Encoder,
@@ -155,9 +155,9 @@ class FinetuneLearner(Learner):
     def batch(self, samples: Sequence[Sample], noise: Noise) -> dict[str, Tensor]:
         """Texts, latents, and what is drawn for them."""
         device = self._null_LD.device
-        text_BLD = torch.stack([s.features["base_text"] for s in samples]).to(device)
+        text_BLD = stacked(samples, "base_text", device)
         dropped_B = (noise.uniform("drop") < self._dropout).to(device)[:, None, None]
-        moments_B2CTYX = torch.stack([s.features["latents"] for s in samples]).to(device)
+        moments_B2CTYX = stacked(samples, "latents", device)
         return {
             "text_BLD": torch.where(dropped_B, self._null_LD.to(text_BLD.dtype), text_BLD),
             "moments_B2CTYX": moments_B2CTYX,

@@ -29,7 +29,7 @@ from engine.weights import Weights
 from trainers.adapter import padded
 from trainers.answers import Answers, AnswerStates, Attributes, Prompt, lengths
 from trainers.diffusion import Folder
-from trainers.encoders import BaseText, Latents, dtype_of, empty_text
+from trainers.encoders import BaseText, Latents, dtype_of, empty_text, stacked
 from trainers.fuser import NUM_ATTRIBUTES, TokenFuser
 from trainers.language import LanguageModel
 from trainers.prompts import Prompts
@@ -44,7 +44,7 @@ from trainers.system import (
     named,
     write_pipeline,
 )
-from trainers.tuning import Tuning, save_tuned, tune
+from trainers.tuning import Tuning, below, save_tuned, tune
 from trainers.vdm import VDM, Backbone, Conditioning, Variant, check_buckets, drawn
 
 _log = logging.getLogger(__name__)
@@ -233,11 +233,11 @@ class Mimir(System):
         lm = replace(self.lm, weights=self.lm.weights.pinned()) if self.decoder else self.lm
         pinned = replace(self, lm=lm, vdm=self.vdm.pinned())
         files = {"pipeline.json": "base models, sizes and instructions"}
-        if fuser := _below("fuser.", results[STAGE]):
+        if fuser := below("fuser.", results[STAGE]):
             save_file({n: t.detach().cpu().contiguous() for n, t in fuser.items()}, folder / FUSER)
             files[FUSER] = "the token fuser"
         files |= save_tuned(
-            _below("denoiser.", results[STAGE]),
+            below("denoiser.", results[STAGE]),
             self.tuning,
             folder,
             pinned.vdm,
@@ -328,8 +328,8 @@ class MimirLearner(Learner):
         """Tokens, latents, and what is drawn for them."""
         device = self._null_LD.device
         dropped_B = noise.uniform("drop") < self._dropout
-        moments_B2CTYX = _stacked(samples, "latents", device)
-        text_BLD = _stacked(samples, "base_text", device)
+        moments_B2CTYX = stacked(samples, "latents", device)
+        text_BLD = stacked(samples, "base_text", device)
         null_LD = self._null_LD.to(text_BLD.dtype)
         given = {
             "encoder_BLD": torch.where(dropped_B.to(device)[:, None, None], null_LD, text_BLD),
@@ -341,7 +341,7 @@ class MimirLearner(Learner):
             length_B = length_B.masked_fill(dropped_B, 0)
             given |= {"decoder_BLE": decoder_BLE.to(device), "length_B": length_B.to(device)}
         if self.module.fuser.instruction is not None:
-            given["attributes_BNE"] = _stacked(samples, "attributes", device)
+            given["attributes_BNE"] = stacked(samples, "attributes", device)
         return given
 
     def _said(self, samples: Sequence[Sample], at_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -357,16 +357,6 @@ class MimirLearner(Learner):
         self.counts["texts_cut"] += cut
         decoder_BLE, length_B = padded(states, limit)
         return decoder_BLE, length_B.cpu()
-
-
-def _stacked(samples: Sequence[Sample], kind: str, device: torch.device) -> Tensor:
-    """A feature of all samples; some may come from the cache, and others from the device."""
-    return torch.stack([s.features[kind].to(device) for s in samples])
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 _USAGE = """\

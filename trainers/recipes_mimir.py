@@ -51,5 +51,7 @@ def build(name: str, models: Models, *, tiny: bool) -> Recipe:
     if tiny:
         clips = tuple(Bucket(frames=9, height_px=64, width_px=w) for w in (64, 96))
         stage = smaller(stage, clips, steps=10)
-    system = Mimir(lm=lm, vdm=vdm, max_answer_tokens=24 if tiny else 226, **ROWS[row])
+    system = Mimir(
+        lm=lm, vdm=vdm, prompt="caption", max_answer_tokens=24 if tiny else 226, **ROWS[row]
+    )
     return Recipe(name=name, system=system, stages=(stage,))

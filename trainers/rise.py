@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from engine.weights import Weights
 from trainers.adapter import Kind, RephrasingAdapter, null_of, padded
-from trainers.encoders import Latents, dtype_of
+from trainers.encoders import Latents, dtype_of, stacked
 from trainers.language import LanguageModel, States, Tokens, num_cut
 from trainers.lora import add_lora, lora_state, save_lora
 from trainers.system import (
@@ -43,6 +43,7 @@ from trainers.system import (
     named,
     write_pipeline,
 )
+from trainers.tuning import below
 from trainers.vdm import PARTS, VDM, Backbone, Conditioning, check_buckets, drawn
 
 _log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Rise(System):
     vdm: Backbone
     length: int = 256
     """L: positions of the conditioning, which hold the whole rephrasing (the paper's example has
-    120 tokens); CogVideoX has 226, and no other number."""
+    120 tokens); CogVideoX-2B takes 226 or more."""
     feature: Literal["rephrasing", "encoded"] = "rephrasing"
     """`encoded`, of the paper's ablation (figure 6), encodes the rephrased text by itself."""
     adapter: Kind = "geglu"
@@ -79,10 +80,10 @@ class Rise(System):
             raise ValueError(f"RISE has the stages {', '.join(STAGES)}, and no {stage.name!r}")
         self.lm.check()
         facts = self.vdm.facts()
-        if not facts.any_text_len and self.length != facts.text_len:
+        if not facts.any_text_len and self.length < facts.text_len:
             raise ValueError(
                 f"length {self.length}: {self.vdm.base.at} takes texts of {facts.text_len}"
-                " positions, and no other number"
+                " positions or more"
             )
         if self.motion_lora and self.vdm.motion is None:
             raise ValueError(f"motion_lora: {self.vdm.base.at} has no motion modules of its own")
@@ -134,8 +135,8 @@ class Rise(System):
             "instructions/": "what the LLM is told, by mode",
             "pipeline.json": "base models and sizes",
         }
-        save_file(_below("adapter.", image), folder / "adapter.safetensors")
-        denoiser = _below("denoiser.", newest)
+        save_file(below("adapter.", image), folder / "adapter.safetensors")
+        denoiser = below("denoiser.", newest)
         part = PARTS[self.vdm.kind]
         save_lora(lora_state(denoiser, LORA), folder, alpha=self.rank, part=part)
         if any(f".{MOTION_LORA}." in name for name in denoiser):
@@ -224,9 +225,8 @@ class RiseLearner(Learner):
         """States, latents, and what is drawn for them."""
         length = self.module.adapter.length
         states_BLE, length_B = padded([s.features["states"] for s in samples], length)
-        moments_B2CTYX = torch.stack([s.features["latents"] for s in samples])
         device = self.module.adapter.null_LD.device
-        moments_B2CTYX = moments_B2CTYX.to(device)
+        moments_B2CTYX = stacked(samples, "latents", device)
         cut = sum(num_cut(s.features["tokens"], length) > 0 for s in samples)
         if cut and not self.counts["texts_cut"]:
             _log.warning("%d of %d texts are longer than %d tokens: cut", cut, len(samples), length)
@@ -248,11 +248,6 @@ def _adopt(module: nn.Module, trained: Mapping[str, Tensor]) -> None:
             if name not in named or named[name].shape != tensor.shape:
                 raise ValueError(f"{name} of the earlier stage does not fit this model")
             named[name].copy_(tensor)
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 _USAGE = """\

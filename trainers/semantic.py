@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainers.compressor import SemanticCompressor, drawn_from, kl_to_normal
-from trainers.encoders import BaseText, Latents, dtype_of, empty_text
+from trainers.encoders import BaseText, Latents, dtype_of, empty_text, stacked
 from trainers.semantics import SemanticEncoder, Semantics
 from trainers.system import (
     Bucket,
@@ -43,7 +43,7 @@ from trainers.system import (
     named,
     write_pipeline,
 )
-from trainers.tuning import Tuning, save_tuned, tune
+from trainers.tuning import Tuning, below, save_tuned, tune
 from trainers.vdm import VDM, Backbone, Conditioning, Context, Variant, check_buckets, drawn
 from trainers.windows import check_window
 
@@ -69,7 +69,8 @@ class SemanticGen(System):
     window_s: float | None = None
     """T_w: length of an attention window over VAE latents, in s; None is full attention."""
     tuning: Tuning = "full"
-    """Of both denoisers; the paper trains them whole."""
+    """Of the VAE-latent generator; the paper trains it whole. The semantic generator always is, for
+    its first and last layers are new."""
     rank: int = 128
     """Of a LoRA."""
     scratch: bool = False
@@ -120,6 +121,10 @@ class SemanticGen(System):
         shift = max(1.0, math.sqrt(numbers / TOKENS_OF_SHIFT))
         return Variant(channels=channels, scratch=self.scratch, flow=True, shift=shift)
 
+    def tuning_of(self, stage_name: str) -> Tuning:
+        """How a stage's denoiser is trained."""
+        return "full" if stage_name == "semantics" else self.tuning
+
     def embedding_channels(self) -> int:
         """K of what the semantic generator makes."""
         return self.channels or self.encoder.facts().dim
@@ -153,10 +158,10 @@ class SemanticGen(System):
             dtype=dtype_of(stage.precision),
             variant=self.planner(largest, fps) if planning else self.variant(fps),
         )
-        tune(vdm, self.tuning, rank=self.rank, name=LORA, seed=stage.seed)
+        tune(vdm, self.tuning_of(stage.name), rank=self.rank, name=LORA, seed=stage.seed)
         compressor = self.compressor().to(device)
         if planning:
-            load_below("compressor.", parents["latents"], compressor)
+            compressor.load_state_dict(below("compressor.", parents["latents"]))
             compressor.requires_grad_(False)
             return SemanticLearner(PlanModule(vdm, compressor), self)
         assert vdm.width is not None  # `check` has seen that the model takes a context
@@ -186,7 +191,7 @@ class SemanticGen(System):
             planning = stage.name == "semantics"
             found = save_tuned(
                 below("denoiser.", results[stage.name]),
-                self.tuning,
+                self.tuning_of(stage.name),
                 folder / stage.name,
                 pinned.vdm,
                 self.planner(largest, fps) if planning else self.variant(fps),
@@ -346,8 +351,8 @@ class SemanticLearner(Learner):
     def batch(self, samples: Sequence[Sample], noise: Noise) -> dict[str, Tensor]:
         """Texts, features, latents, and what is drawn for them."""
         device, system = self._null_LD.device, self.system
-        text_BLD = torch.stack([s.features["base_text"] for s in samples]).to(device)
-        features_BSVUW = torch.stack([s.features["semantics"] for s in samples]).to(device)
+        text_BLD = stacked(samples, "base_text", device)
+        features_BSVUW = stacked(samples, "semantics", device)
         shape = (*features_BSVUW.shape[1:4], system.embedding_channels())
         silent_B = (noise.uniform("drop") < system.text_dropout).to(device)[:, None, None]
         batch = {
@@ -360,7 +365,7 @@ class SemanticLearner(Learner):
                 "noise_BSVUK": noise.normal("noise", shape).to(device),
                 "at_B": noise.uniform("at").to(device),
             }
-        moments_B2CTYX = torch.stack([s.features["latents"] for s in samples]).to(device)
+        moments_B2CTYX = stacked(samples, "latents", device)
         return batch | {
             "added_BSVUK": noise.normal("added", shape).to(device),
             "sigma_B": (noise.uniform("sigma") * system.noise).to(device),
@@ -381,16 +386,6 @@ def whitened(whitening: nn.Module, embeddings: Tensor) -> Tensor:
     """Embeddings through a whitening that learns nothing of what is done with them."""
     fixed = {n: p.detach() for n, p in whitening.named_parameters()}
     return torch.func.functional_call(whitening, fixed, embeddings)
-
-
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def load_below(prefix: str, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Copies what an earlier stage trained into a module."""
-    module.load_state_dict(below(prefix, tensors))
 
 
 _USAGE = """\

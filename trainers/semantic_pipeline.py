@@ -75,9 +75,8 @@ class SemanticGenPipeline:
         loaded = {}
         for stage in about["stages"]:
             vdm = system.vdm.load(video=True, device=where, dtype=dtype, variant=variants[stage])
-            load_tuned(
-                vdm, system.tuning, folder / stage, system.vdm.kind, rank=system.rank, name=LORA
-            )
+            tuning = system.tuning_of(stage)
+            load_tuned(vdm, tuning, folder / stage, system.vdm.kind, rank=system.rank, name=LORA)
             loaded[stage] = vdm
         filler = loaded["latents"]
         assert filler.width is not None

@@ -86,3 +86,8 @@ def load_tuned(vdm: VDM, tuning: Tuning, folder: Path, kind: str, *, rank: int, 
         stored = load_file(folder / "pytorch_lora_weights.safetensors")
         load_lora(vdm.denoiser, {n.removeprefix(f"{part}."): t for n, t in stored.items()}, name)
         vdm.denoiser.requires_grad_(False)
+
+
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -131,9 +131,9 @@ class VDM(ABC):
         said_BCTYX = self.denoise(example.noisy_BCTYX, example.timestep_B, text)
         return (said_BCTYX.float() - example.target_BCTYX).square().flatten(1).mean(1)
 
+    @abstractmethod
     def denoiser_config(self) -> dict[str, Any]:
         """What diffusers builds the denoiser from, as JSON values."""
-        raise NotImplementedError(f"{type(self).__name__} names no configuration of its denoiser")
 
     @abstractmethod
     def latent_shape(self, frames: int, height_px: int, width_px: int) -> tuple[int, ...]:
@@ -307,7 +307,7 @@ class Facts:
     text_dim: int
     text_len: int
     any_text_len: bool
-    """Whether other lengths than `text_len` are taken."""
+    """Whether shorter texts than `text_len` are taken; longer ones are."""
     frames_per_latent: int
     """Frames of the video in a latent frame, after the first."""
     pixels_per_latent: int

@@ -29,8 +29,6 @@ from trainers.context_wan import (
     of_space,
     respace,
     rotary,
-    seeded,
-    spread,
 )
 from trainers.diffusion import (
     Euler,
@@ -42,12 +40,14 @@ from trainers.diffusion import (
     frozen,
     near,
     sampled,
+    seeded,
     to_pixels,
     to_unit,
 )
 from trainers.lora import attention_projections
+from trainers.places import latent_time, spread, windows_of_layers
 from trainers.vdm import VDM, Conditioning, Context, Facts, Noised, Variant
-from trainers.windows import Windows, check_window, plan_windows
+from trainers.windows import Windows, check_window
 
 TEXT_LEN = 512
 """Positions of the text that the published models were trained with."""
@@ -100,19 +100,6 @@ def _facts(parts: Parts) -> Facts:
         pixels_per_latent=2 ** len(doublings) * high,
         max_frames=None,
     )
-
-
-def latent_middles(latent_frames: int, frames_per_latent: int) -> tuple[float, ...]:
-    """Of each latent frame the time in its middle, in frames of the video after the first."""
-    half = (frames_per_latent - 1) / 2
-    return tuple(max(0.0, frames_per_latent * t - half) for t in range(latent_frames))
-
-
-def latent_time(middle: float, frames_per_latent: int) -> float:
-    """Where among the latent frames a time is: `latent_middles` gives whole numbers."""
-    half = (frames_per_latent - 1) / 2
-    # The first latent frame holds a single frame of the video, so the second is nearer to it.
-    return min(middle / (frames_per_latent - half), (middle + half) / frames_per_latent)
 
 
 class Wan(VDM):
@@ -370,24 +357,20 @@ class Wan(VDM):
         self,
         frames: int,
         per_frame: int,
-        context_middles: tuple[float, ...],
-        context_per_frame: int,
+        context_middles: tuple[float, ...] = (),
+        context_per_frame: int = 0,
     ) -> tuple[Windows, Windows]:
-        """Of even and of odd layers."""
+        """The windows of even and of odd layers."""
         assert self._variant.window is not None
-        even, odd = (
-            plan_windows(
-                latent_middles(frames, self.facts.frames_per_latent),
-                per_frame,
-                self._variant.window,
-                shifted=shifted,
-                context_middles=context_middles,
-                context_per_frame=context_per_frame,
-                device=self.device,
-            )
-            for shifted in (False, True)
+        return windows_of_layers(
+            frames,
+            per_frame,
+            self.facts.frames_per_latent,
+            self._variant.window,
+            context_middles,
+            context_per_frame,
+            self.device,
         )
-        return even, odd
 
     def _check(self, noisy_BCTYX: Tensor, text: Conditioning) -> None:
         """Raises ValueError where shapes do not meet."""
