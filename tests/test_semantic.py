@@ -15,7 +15,7 @@ import torch
 from training import Trained, job_of, train
 
 from engine.weights import tiny_folder
-from trainers import launch, tracking
+from trainers import tracking
 from trainers.__main__ import main
 from trainers.checkpoint import load_final
 from trainers.compressor import (
@@ -302,17 +302,6 @@ def test_a_run_goes_on_bit_for_bit(
     assert whole == parts and len(whole) == 6
     a, b = (load_final(tmp_path / n / stage_name)[1] for n in ("whole", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-@pytest.mark.slow
-def test_two_workers_are_as_one(
-    connection: None, short: Trained, spans: Path, tmp_path: Path
-) -> None:
-    found = with_settings(with_stages(short.recipe, ["latents"]), ["latents.steps=4"])
-    job = job_of(found, found.stages[0], spans, tmp_path)
-    launch.on_ray(job, 2)
-    two = [line["loss"] for line in tracking.read(job.folder)]
-    assert two == pytest.approx(short.losses("latents")[:4], rel=1e-5)
 
 
 def test_an_export_gives_the_same_pixels(short: Trained, pipe: SemanticGenPipeline) -> None:

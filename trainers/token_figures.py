@@ -1,15 +1,7 @@
-"""Mimir's figure 7 of an export: what its text encoder gives, what its LLM gives, and their sum.
+"""Mimir's figure 7 of an export, as pictures; `trainers.token_numbers` says what a point is.
 
-The paper does not say how tokens of 4096 and of 3072 channels come into one plot, nor what a point
-is. Here (a) and (b) are behind the two branches of the fuser, in the video model's width: the
-encoder's tokens with their zero-conv's added; the LLM's after norm, scale, bias, map and alpha. So
-a sum is the sum of the two beside it. A point is the mean over the tokens of one text, padding left
-out. (c) and (d) are of the models' own tokens, and count single values, padding left out too.
-
-t-SNE shows who is near whom; how far apart they are is in `tokens.json` and in the legend of (b).
-
-Shapes: P points; M tokens of the text encoder, Q of a prompt for the LLM and S of its answer, N of
-both, K that the video model reads; D width of the text encoder, E of the LLM.
+t-SNE shows which points are neighbours, and neither how far apart they are nor how wide a cloud is:
+those numbers are in the legend of (b), and all of them in `tokens.json`.
 
 Source: Mimir (arXiv 2412.03085), figure 7 and section 3.3.
 """
@@ -18,154 +10,51 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.weights import tiny_folder
-from trainers.system import named
+from trainers.token_numbers import (
+    SAME,
+    Map,
+    Measured,
+    embedded,
+    facts,
+    measured,
+    point_facts,
+    within,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from torch import Tensor
 
-    from trainers.fuser import TokenFuser
     from trainers.generation import Progress
-    from trainers.mimir_pipeline import MimirPipeline, PromptTokens
+    from trainers.mimir_pipeline import MimirPipeline
 
 PROMPTS = Path(__file__).with_name("prompts_figure7.txt")
 FIGURE, NUMBERS = "figure7", "tokens.json"
 MIN_TEXTS = 5
 """With fewer prompts or answers there is nothing to compare."""
-RANGES = (-np.inf, -1.0, -0.5, 0.0, 0.5, 1.0, np.inf)
-"""Between these, values are counted."""
-_ROUNDING = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.01}
-"""How far the same states of an LLM lie apart, relative to their length, when computed beside
-others."""
-_SAME = 1e-5
-"""Points that are nearer, relative to their length, are one: t-SNE would pull them apart."""
 
-# Okabe and Ito's colours, which the colour-blind tell apart; markers and hatches say it again.
-_ENCODER, _DECODER, _SUM, _ALARM = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_DOT = {"color": _ENCODER, "s": 34, "edgecolor": "white", "linewidth": 0.5}
-_TRIANGLE = {"color": _DECODER, "marker": "^", "s": 40, "edgecolor": "white", "linewidth": 0.5}
-_RING = {"facecolor": "none", "s": 75, "edgecolor": _SUM, "linewidth": 1.4}
-_STAR = {"color": _ENCODER, "marker": "*", "s": 260, "edgecolor": "white", "zorder": 3}
-_BLUE_BARS = {"color": _ENCODER}
-_ORANGE_BARS = {"color": _DECODER}
+# Okabe and Ito's colours, which the colour-blind tell apart; shapes say it again.
+_BLUE, _ORANGE, _GREEN, _RED, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+_GREY = "#555555"
+_DOT = {"color": _BLUE, "s": 36, "edgecolor": "white", "linewidth": 0.5}
+_TRIANGLE = {"color": _ORANGE, "marker": "^", "s": 44, "edgecolor": "white", "linewidth": 0.5}
+_RING = {"facecolor": "none", "s": 80, "edgecolor": _GREEN, "linewidth": 1.4}
+_STAR = {"color": _PURPLE, "marker": "*", "s": 300, "edgecolor": "white", "zorder": 3}
 _STYLE = {
-    "axes.edgecolor": "#888888",
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
+    "axes.edgecolor": "#999999",
     "font.size": 10,
     "legend.fontsize": 9,
     "legend.frameon": False,
-    "text.parse_math": False,  # a prompt may hold a $
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """The tokens of a prompt with one answer, padding left out, in float32."""
-
-    encoder_MD: np.ndarray
-    """As the text encoder gives them."""
-    query_QE: np.ndarray
-    """As the LLM gives them."""
-    answer_SE: np.ndarray
-    """As the LLM gives them, not cut."""
-    normed_NE: np.ndarray
-    """Both as the fuser's map gets them."""
-    encoder_branch_MD: np.ndarray
-    query_branch_QD: np.ndarray
-    answer_branch_SD: np.ndarray
-    """Cut to what the video model reads."""
-    sum_KD: np.ndarray
-    final_KD: np.ndarray
-    """The sum with the semantic tokens behind it."""
-    answer: str
-
-    @property
-    def of_answer(self) -> dict[str, np.ndarray]:
-        """What an answer may change, and the prompt's tokens, which it may not."""
-        return {
-            "query": self.query_branch_QD,
-            "answer": self.answer_branch_SD,
-            "final": self.final_KD,
-            "llm_query": self.query_QE,
-            "llm_answer": self.answer_SE,
-        }
-
-    @property
-    def decoder_branch_ND(self) -> np.ndarray:
-        """Of prompt and answer."""
-        return np.concatenate([self.query_branch_QD, self.answer_branch_SD])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What the figures are drawn from. A point is the mean over the tokens of a text."""
-
-    encoder: str
-    """Of which model the text encoder is."""
-    decoder: str
-    """The LLM."""
-    normed: bool
-    """Whether the fuser norms the LLM's tokens."""
-    meaningless: bool
-    """Whether the models are the small random ones."""
-    prompt: str
-    """Which is answered again and again."""
-    different_answers: int
-    rounding: float
-    """How far the same states of the LLM may lie apart, relative to their length."""
-    values: Mapping[str, np.ndarray]
-    """All values of the tokens of encoder, decoder, and decoder_normed."""
-    prompts: Mapping[str, np.ndarray]
-    """Points of the prompts (P, D): encoder, decoder, sum."""
-    answers: Mapping[str, np.ndarray]
-    """Points of the answers: query, answer, final (P, D); llm_query, llm_answer (P, E)."""
-
-    @property
-    def num_prompts(self) -> int:
-        """Of figures a, c and d."""
-        return len(self.prompts["sum"])
-
-    @property
-    def num_answers(self) -> int:
-        """Of figure b."""
-        return len(self.answers["final"])
-
-    @property
-    def drawn_answers(self) -> dict[str, np.ndarray]:
-        """Points of figure b, with those of the prompt as one where rounding alone parts them."""
-        query_PD = self.answers["query"]
-        settled = query_PD[first_same(query_PD, self.rounding)]
-        return {"query": settled} | {kind: self.answers[kind] for kind in ("answer", "final")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Map:
-    """Points of several kinds in one plane."""
-
-    kinds: Mapping[str, np.ndarray]
-    """(P, 2) each."""
-    perplexity: float | None
-    """Of t-SNE; None where points were too few for it, and these are their principal axes."""
-
-    @property
-    def method(self) -> str:
-        """For a title."""
-        if self.perplexity is None:
-            return "principal axes (too few different points for t-SNE)"
-        return f"t-SNE, perplexity {self.perplexity:.0f}"
 
 
 def draw(
@@ -225,7 +114,7 @@ def check(prompts: Sequence[str], prompt: str, answers: int) -> None:
         raise ValueError("a prompt is empty: figure 7 needs words in each")
     for num, what in ((len(set(prompts)), "different prompts"), (answers, "answers")):
         if num < MIN_TEXTS:
-            raise ValueError(f"{num} {what}: figure 7 needs {MIN_TEXTS} at least, and has 50")
+            raise ValueError(f"{num} {what}: figure 7 needs at least {MIN_TEXTS}; the paper has 50")
 
 
 def read_prompts(path: Path | None = None) -> tuple[str, ...]:
@@ -261,337 +150,115 @@ def _check_pipeline(pipe: MimirPipeline, prompts: Sequence[str]) -> None:
         pipe.lm.prompts.check_length(num, pipe.mimir.max_answer_tokens)
 
 
-# What is measured
-
-
-def measured(
-    pipe: MimirPipeline,
-    prompts: Sequence[str],
-    prompt: str,
-    *,
-    answers: int,
-    seed: int,
-    batch: int,
-    progress: Progress,
-) -> Measured:
-    """Runs the models; see `draw`.
-
-    Raises:
-        ValueError: The LLM says nothing to `prompt`, or values are not finite.
-    """
-    once = list(texts(pipe, prompts, [seed] * len(prompts), batch, "prompts", progress))
-    values = {
-        "encoder": _values([t.encoder_MD for t in once]),
-        "decoder": _values([x for t in once for x in (t.query_QE, t.answer_SE)]),
-        "decoder_normed": _values([t.normed_NE for t in once]),
-    }
-    points = {
-        "encoder": _points([t.encoder_branch_MD for t in once]),
-        "decoder": _points([t.decoder_branch_ND for t in once]),
-        "sum": _points([t.sum_KD for t in once]),
-    }
-    del once  # half a gigabyte at full size
-    means, said = defaultdict[str, list[np.ndarray]](list), set()
-    seeds = range(seed, seed + answers)
-    for text in texts(pipe, [prompt] * answers, seeds, batch, "answers", progress):
-        said.add(text.answer)
-        for kind, tokens in text.of_answer.items():
-            if len(tokens):
-                means[kind].append(_mean(tokens))
-    if "answer" not in means:
-        raise ValueError(f"the LLM has no answer to {prompt!r} that is read: choose another prompt")
-    lm = pipe.lm
-    assert lm is not None
-    bases = pipe.mimir.vdm.base, pipe.mimir.lm.weights
-    encoder, decoder = (named(base).split(" at ")[0].split("/")[-1] for base in bases)
-    tiny = tiny_folder().resolve()
-    return Measured(
-        encoder=encoder,
-        decoder=decoder,
-        normed=pipe.mimir.norm,
-        meaningless=any(Path(base.at).resolve().is_relative_to(tiny) for base in bases),
-        prompt=prompt,
-        different_answers=len(said),
-        rounding=_ROUNDING[str(lm.model.dtype).removeprefix("torch.")],
-        values=values,
-        prompts=points,
-        answers={kind: np.stack(found) for kind, found in means.items()},
-    )
-
-
-def texts(
-    pipe: MimirPipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    batch: int,
-    doing: str,
-    progress: Progress,
-) -> Iterator[Text]:
-    """The tokens of each prompt with an answer of its seed."""
-    tokenizer: Any = pipe.vdm.tokenizer  # Mimir's video models all have one
-    for start in range(0, len(prompts), batch):
-        progress(doing, start, len(prompts))
-        asked = list(prompts[start : start + batch])
-        found = pipe.tokens(asked, list(seeds[start : start + batch]))
-        limit = len(found[0].encoder_LD)
-        for one, ids in zip(
-            found, tokenizer(asked, truncation=True, max_length=limit).input_ids, strict=True
-        ):
-            yield _text(pipe.fuser, one, len(ids))
-    progress(doing, len(prompts), len(prompts))
-
-
-def _text(fuser: TokenFuser, found: PromptTokens, num: int) -> Text:
-    """A text whose first `num` tokens of the text encoder are no padding."""
-    import torch
-
-    said, encoder, decoder = found.said, fuser.encoder, fuser.decoder
-    assert said is not None and decoder is not None
-    limit, num_query = len(found.encoder_LD), len(said.query_QE)
-    with torch.no_grad():
-        normed_NE = fuser.normed(said.decoder)
-        decoder_ND = fuser.alpha * decoder(said.decoder[:limit].float())
-        encoder_MD = found.encoder_LD[:num].float()
-        read_MD = encoder_MD if encoder is None else encoder_MD + encoder(encoder_MD)
-    end = max(num, len(decoder_ND))
-    sum_KD = found.fused_LD[:end]
-    text = Text(
-        encoder_MD=_array(encoder_MD),
-        query_QE=_array(said.query_QE),
-        answer_SE=_array(said.answer_SE),
-        normed_NE=_array(normed_NE),
-        encoder_branch_MD=_array(read_MD),
-        query_branch_QD=_array(decoder_ND[:num_query]),
-        answer_branch_SD=_array(decoder_ND[num_query:]),
-        sum_KD=_array(sum_KD),
-        final_KD=_array(torch.cat([sum_KD, found.fused_LD[limit:]])),
-        answer=said.answer.text,
-    )
-    if not all(np.isfinite(x).all() for x in (text.encoder_MD, text.query_QE, text.answer_SE)):
-        raise ValueError(f"tokens of {found.prompt!r} are not finite: load the export in fp32")
-    return text
-
-
-def _array(tokens: Tensor) -> np.ndarray:
-    return tokens.float().cpu().numpy()
-
-
-def _values(tokens: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([x.ravel() for x in tokens])
-
-
-def _points(tokens: Sequence[np.ndarray]) -> np.ndarray:
-    return np.stack([_mean(x) for x in tokens])
-
-
-def _mean(tokens_ND: np.ndarray) -> np.ndarray:
-    return tokens_ND.mean(0, dtype=np.float64)
-
-
-# What is computed of it
-
-
-def first_same(points_PD: np.ndarray, tolerance: float) -> np.ndarray:
-    """For each point the number of the first that is the same, (P,) int.
-
-    Args:
-        points_PD: Some points.
-        tolerance: How far such may lie apart, relative to their length.
-    """
-    first_P = np.arange(len(points_PD))
-    for number, point_D in enumerate(points_PD):
-        own = np.unique(first_P[:number])
-        apart = np.linalg.norm(points_PD[own] - point_D, axis=1)
-        same = own[apart <= tolerance * np.linalg.norm(point_D)]
-        first_P[number] = same[0] if len(same) else number
-    return first_P
-
-
-def embedded(kinds: Mapping[str, np.ndarray], seed: int) -> Map:
-    """Points (P, D) of several kinds by t-SNE of all; those that are the same stay so."""
-    points_PD = np.concatenate(list(kinds.values()))
-    different, which_P = np.unique(first_same(points_PD, _SAME), return_inverse=True)
-    plane_P2, perplexity = _plane(points_PD[different], seed)
-    ends = np.cumsum([len(points) for points in kinds.values()])[:-1]
-    split = np.split(plane_P2[which_P], ends)
-    return Map(kinds=dict(zip(kinds, split, strict=True)), perplexity=perplexity)
-
-
-def _plane(points_PD: np.ndarray, seed: int) -> tuple[np.ndarray, float | None]:
-    """Different points in a plane (P, 2), and the perplexity if it is t-SNE's."""
-    centred_PD = points_PD - points_PD.mean(0)
-    if len(points_PD) < MIN_TEXTS:
-        u, s, _ = np.linalg.svd(centred_PD, full_matrices=False)
-        axes = (u * s)[:, :2]
-        return np.pad(axes, ((0, 0), (0, 2 - axes.shape[1]))), None
-    from sklearn.manifold import TSNE
-
-    perplexity = min(30.0, (len(points_PD) - 1) / 3)
-    # Exact: the approximation is for thousands of points, and its sums depend on threads.
-    tsne = TSNE(perplexity=perplexity, init="pca", method="exact", random_state=seed)
-    return tsne.fit_transform(centred_PD).astype(np.float64), perplexity
-
-
-def facts(found: Measured, prompts: Map, answers: Map) -> dict[str, Any]:
-    """The numbers that the figures show, as JSON values."""
-    between = (("encoder", "decoder"), ("encoder", "sum"))
-    return {
-        "encoder": f"text encoder of {found.encoder}",
-        "decoder": found.decoder,
-        "meaningless": found.meaningless,
-        "values": {kind: value_facts(values) for kind, values in found.values.items()},
-        "prompts": {
-            "num": found.num_prompts,
-            "points": {kind: point_facts(p, _SAME) for kind, p in found.prompts.items()},
-            "mean_distance": {
-                f"{a}-{b}": float(
-                    np.linalg.norm(found.prompts[a] - found.prompts[b], axis=1).mean()
-                )
-                for a, b in between
-            },
-            "map": _plain(prompts),
-        },
-        "answers": {
-            "prompt": found.prompt,
-            "num": found.num_answers,
-            "different_texts": found.different_answers,
-            "points": {
-                kind: point_facts(p, found.rounding if "query" in kind else _SAME)
-                for kind, p in found.answers.items()
-            },
-            "map": _plain(answers),
-        },
-    }
-
-
-def value_facts(values: np.ndarray) -> dict[str, Any]:
-    """How single values of tokens are spread; shares are of 1."""
-    counts, _ = np.histogram(values, RANGES)
-    names = [f"{low:g} to {high:g}" for low, high in pairwise(RANGES)]
-    return {
-        "num": values.size,
-        "min": float(values.min()),
-        "max": float(values.max()),
-        "mean": float(values.mean(dtype=np.float64)),
-        "std": float(values.std(dtype=np.float64)),
-        "share_within_0.5": within(values, 0.5),
-        "share_within_1": within(values, 1.0),
-        "share_in": dict(zip(names, (counts / values.size).tolist(), strict=True)),
-    }
-
-
-def within(values: np.ndarray, limit: float) -> float:
-    """Share of values from -limit to limit."""
-    return float((np.abs(values) <= limit).mean())
-
-
-def point_facts(points_PD: np.ndarray, tolerance: float) -> dict[str, Any]:
-    """How far points lie apart: over all pairs."""
-    pairs = np.concatenate(
-        [np.linalg.norm(points_PD[n + 1 :] - p, axis=1) for n, p in enumerate(points_PD)]
-    )
-    return {
-        "num": len(points_PD),
-        "num_different": len(np.unique(first_same(points_PD, tolerance))),
-        "mean_length": float(np.linalg.norm(points_PD, axis=1).mean()),
-        "mean_distance": float(pairs.mean()) if pairs.size else 0.0,
-        "max_distance": float(pairs.max(initial=0.0)),
-    }
-
-
-def _plain(found: Map) -> dict[str, Any]:
-    kinds = {kind: points.tolist() for kind, points in found.kinds.items()}
-    return {"perplexity": found.perplexity, "points": kinds}
-
-
-# What is drawn
-
-
 def _written(found: Measured, prompts: Map, answers: Map, folder: Path) -> list[Path]:
     """The figure whole, and each of its parts."""
     import matplotlib
-    from matplotlib.figure import Figure  # without pyplot nothing global is left behind
+    from matplotlib.figure import Figure  # without pyplot, nothing global is left behind
 
-    panels: tuple[Callable[[Axes], None], ...] = (
-        lambda axes: _draw_prompts(axes, found, prompts),
-        lambda axes: _draw_answers(axes, found, answers),
-        lambda axes: _draw_values(axes, found, "c", "decoder", "as they are"),
-        lambda axes: _draw_values(
-            axes,
-            found,
-            "d",
-            "decoder_normed",
-            "the LLM's normed and scaled" if found.normed else "this system has no norm",
-        ),
-    )
+    parts: dict[str, Callable[[Axes], None]] = {
+        "a": lambda axes: _draw_prompts(axes, found, prompts),
+        "b": lambda axes: _draw_answers(axes, found, answers),
+        "c": lambda axes: _draw_values(axes, found, normed=False),
+        "d": lambda axes: _draw_values(axes, found, normed=True),
+    }
     written = []
     with matplotlib.rc_context(_STYLE):
-        for name, drawn in ("", panels), *zip("abcd", ((p,) for p in panels), strict=True):
-            side = 2 if len(drawn) > 1 else 1
-            figure = Figure(figsize=(6.4 * side, 5.4 * side), layout="constrained")
+        for name in ("", *parts):
+            side = 1 if name else 2
+            figure = Figure(figsize=(6.2 * side, 5.6 * side), layout="constrained")
             figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
-            for axes, panel in zip(
-                figure.subplots(side, side, squeeze=False).flat, drawn, strict=True
-            ):
-                panel(axes)
+            all_axes = figure.subplots(side, side, squeeze=False).flat
+            for axes, part in zip(all_axes, name or parts, strict=True):
+                parts[part](axes)
             if found.meaningless:
-                told = "MEANINGLESS: of small random models"
-                figure.suptitle(told, color=_ALARM, weight="bold", size=13)
-            written.append(folder / (f"{FIGURE}_{name}.png" if name else f"{FIGURE}.png"))
-            figure.savefig(written[-1], dpi=150)
+                told = "MEANINGLESS: these models are small and random"
+                figure.suptitle(told, color=_RED, weight="bold")
+            written.append(folder / f"{FIGURE}{name and '_'}{name}.png")
+            with warnings.catch_warnings():
+                # A prompt may hold what the font lacks; `tokens.json` has it whole.
+                warnings.filterwarnings("ignore", "Glyph .* missing from font")
+                figure.savefig(written[-1], dpi=150)
     return written
 
 
 def _draw_prompts(axes: Axes, found: Measured, where: Map) -> None:
-    """(a)."""
-    looks = {
-        "encoder": (f"encoder (of {found.encoder})", _DOT),
-        "decoder": (f"decoder-only ({found.decoder})", _TRIANGLE),
-        "sum": ("their sum", _RING),
-    }
-    for kind, (label, look) in looks.items():
+    for kind, label, look in (
+        ("encoder", _encoder(found), _DOT),
+        ("decoder", f"decoder-only: {_short(found.decoder)}", _TRIANGLE),
+        ("sum", "their sum, as the video model reads it", _RING),
+    ):
         axes.scatter(*where.kinds[kind].T, label=label, **look)
-    axes.set_title(f"(a) Tokens of {found.num_prompts} prompts")
-    _finish_map(axes, f"{where.method}; a point is the mean over a prompt's tokens")
+    _finish_map(axes, f"(a) Tokens of {found.num_prompts} prompts", found, where)
 
 
 def _draw_answers(axes: Axes, found: Measured, where: Map) -> None:
-    """(b)."""
-    for kind, look in (("final", _RING), ("answer", _TRIANGLE), ("query", _STAR)):
-        about = point_facts(found.answers[kind], found.rounding if kind == "query" else _SAME)
-        num = about["num_different"]
-        label = f"{kind} tokens: {num} point{'s'[: num > 1]}"
-        if num > 1:
-            label += f", {about['mean_distance']:.2g} apart"
-        axes.scatter(*where.kinds[kind].T, label=label, **look)
-    axes.set_title(f"(b) One prompt answered {found.num_answers} times by {found.decoder}")
-    prompt = textwrap.shorten(found.prompt, 60, placeholder=" …")
-    _finish_map(axes, f"“{prompt}”\n{where.method}; a point is the mean over an answer's tokens")
+    title = f"(b) One prompt answered {found.num_answers} times by {_short(found.decoder)}"
+    for kind, what, look in (
+        ("query", "query tokens", _STAR),
+        ("answer", "answer tokens", _TRIANGLE),
+        ("final", f"final tokens (all {found.num_read})", _RING),
+    ):
+        about = point_facts(found.answers[kind], found.rounding if kind == "query" else SAME)
+        num, apart = about["num_different"], about["mean_distance"]
+        label = f"{what}: {num} points, {apart:.2g} apart on average" if num > 1 else None
+        axes.scatter(*where.kinds[kind].T, label=label or f"{what}: one point", **look)
+    _finish_map(axes, title, found, where)
+    prompt = textwrap.shorten(found.prompt, 70, placeholder=" …")
+    # A prompt may hold a $, which is no formula.
+    axes.set_xlabel(f"“{prompt}”", color=_GREY, size=9, parse_math=False)
 
 
-def _finish_map(axes: Axes, about: str) -> None:
+def _finish_map(axes: Axes, title: str, found: Measured, where: Map) -> None:
+    method = f"t-SNE, perplexity {where.perplexity:.0f}" if where.perplexity else "principal axes"
+    point = "a point is the mean over the tokens of a text"
+    if found.is_zero:
+        point = "nothing of the LLM passes the fuser, whose map is zero"
+    _title(axes, title, f"{method}; {point}")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.margins(0.08)
-    axes.set_xlabel(about, color="#444444", size=9)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, -0.28), ncols=3)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.06))
 
 
-def _draw_values(axes: Axes, found: Measured, letter: str, kind: str, how: str) -> None:
-    """(c) and (d)."""
-    both = {"encoder": found.encoder, kind: found.decoder}
-    limit = max(1.1, *(float(np.quantile(np.abs(found.values[k]), 0.999)) for k in both))
+def _draw_values(axes: Axes, found: Measured, *, normed: bool) -> None:
+    looks = {
+        "encoder": (_encoder(found), _BLUE),
+        "decoder_normed" if normed else "decoder": (_short(found.decoder), _ORANGE),
+    }
+    # Further out lie single values, which would squeeze all others together.
+    limit = max(1.1, *(np.quantile(np.abs(found.values[kind]), 0.999) for kind in looks))
     edges = np.linspace(-limit, limit, 111)
-    for shown, look in zip(both, (_BLUE_BARS, _ORANGE_BARS), strict=True):
-        values = found.values[shown]
-        share = 100 * np.histogram(values, edges)[0] / values.size
-        label = f"{both[shown]}: {within(values, 0.5):.1%} within ±0.5, {within(values, 1):.1%} within ±1"
-        axes.stairs(share, edges, fill=True, alpha=0.35, label=label, **look)
-        axes.stairs(share, edges, linewidth=1.3, **look)
+    for kind, (name, color) in looks.items():
+        values = found.values[kind]
+        share = np.histogram(values, edges)[0] / values.size
+        shares = f"{within(values, 0.5):.1%} within ±0.5, {within(values, 1.0):.1%} within ±1"
+        axes.stairs(share, edges, fill=True, color=color, alpha=0.35, label=f"{name}: {shares}")
+        axes.stairs(share, edges, color=color, linewidth=1.3)
     for edge in (-1.0, -0.5, 0.5, 1.0):
-        axes.axvline(edge, color="#888888", linewidth=0.8, linestyle=":")
+        axes.axvline(edge, color="#999999", linewidth=0.8, linestyle=":", zorder=0)
     axes.set_yscale("log")
-    axes.set_title(f"({letter}) Values of tokens of {found.num_prompts} prompts, {how}")
-    axes.set_xlabel("value of a channel of a token (dotted: ±0.5, ±1)")
-    axes.set_ylabel("share in %")
-    axes.legend()
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    title = f"({'d' if normed else 'c'}) Token values of {found.num_prompts} prompts"
+    how = "as the models give them"
+    if normed:
+        title += f", {_short(found.decoder)} normalised"
+        how = (
+            "behind the fuser's norm, scale and bias" if found.normed else "this fuser has no norm"
+        )
+    _title(axes, title, f"share of values in ranges of {edges[1] - edges[0]:.2g}; {how}")
+    axes.set_xlabel("value of a channel of a token (dotted: ±0.5, ±1)", color=_GREY, size=9)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.12))
+
+
+def _title(axes: Axes, title: str, more: str) -> None:
+    axes.set_title(title, loc="left", size=11, weight="bold", pad=20)
+    axes.text(0, 1.02, more, transform=axes.transAxes, color=_GREY, size=9)
+
+
+def _encoder(found: Measured) -> str:
+    return f"encoder: T5 of {_short(found.encoder)}"
+
+
+def _short(name: str) -> str:
+    """Of a hub id with its revision, what a person calls the model."""
+    return name.split(" at ")[0].split("/")[-1][:40]
