@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from bench_train import (
     latency,
     texts_of,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from trainers.adapter import RephrasingAdapter
@@ -192,6 +193,7 @@ class Row:
     what: str
     step_s: float | None = None
     samples_per_s: float | None = None
+    tflops_per_s: float | None = None
     mfu: float | None = None
     peak_gib: float | None = None
     against: float | None = None
@@ -199,17 +201,22 @@ class Row:
     note: str = ""
 
 
+SLOW_S = 15.0
+"""Steps of more than this are few: one of warming up, and the mean of two."""
+
+
 class Bench:
     """Measures on one device, and keeps what was found.
 
     Args:
-        size: Of models and data.
         device: Where.
         out: File that the rows are written to as they come.
+        warm_up: Steps before those that are timed.
+        steps: Timed.
     """
 
-    def __init__(self, size: Size, device: torch.device, out: Path | None):
-        self.size, self.device, self.out = size, device, out
+    def __init__(self, device: torch.device, out: Path | None, *, warm_up: int, steps: int):
+        self.device, self.out, self.warm_up, self.steps = device, out, warm_up, steps
         self.dtype = torch.bfloat16
         self.rows: list[Row] = []
 
@@ -240,7 +247,10 @@ class Bench:
         self._clear()
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - no memory, or a library that lacks something
+        except torch.OutOfMemoryError as error:
+            first = " ".join(str(error).split())[:160]
+            self.add(Row(part, what, note=f"does not fit in memory: {first}"))
+        except Exception as error:  # noqa: BLE001 - a library that lacks something
             first = " ".join(str(error).split())[:160]
             self.add(Row(part, what, note=f"failed: {type(error).__name__}: {first}"))
 
@@ -260,15 +270,53 @@ class Bench:
         self, step: Callable[[int], object], warmed_up: Callable[[], None] = lambda: None
     ) -> float:
         """Of a step, after some of warming up."""
-        for number in range(self.size.warm_up):
+        began_s = self.synchronised_s()
+        step(0)
+        slow = self.synchronised_s() - began_s > SLOW_S
+        warm_up, steps = (1, min(2, self.steps)) if slow else (self.warm_up, self.steps)
+        for number in range(1, warm_up):
             step(number)
         began_s = self.synchronised_s()
         warmed_up()
-        for number in range(self.size.steps):
-            step(self.size.warm_up + number)
-        return (self.synchronised_s() - began_s) / self.size.steps
+        for number in range(steps):
+            step(warm_up + number)
+        return (self.synchronised_s() - began_s) / steps
 
-    # A stage
+    def measured(
+        self, part: str, what: str, step_s: float, samples: int, flops: float | None
+    ) -> None:
+        """Adds what steps of so many samples and operations took."""
+        rate, peak = flops / step_s if flops else None, peak_flops(self.device, "bf16")
+        self.add(
+            Row(
+                part,
+                what,
+                step_s,
+                samples / step_s,
+                rate / 1e12 if rate else None,
+                rate / peak if rate and peak else None,
+                self._peak_gib(),
+            )
+        )
+
+    def _peak_gib(self) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device) / 2**30
+
+
+class RiseBench(Bench):
+    """RISE's stages and its language model.
+
+    Args:
+        size: Of models and data.
+        device: As of `Bench`.
+        out: As of `Bench`.
+    """
+
+    def __init__(self, size: Size, device: torch.device, out: Path | None):
+        super().__init__(device, out, warm_up=size.warm_up, steps=size.steps)
+        self.size = size
 
     def stage(self, part: str, case: Case) -> None:
         """All ways to train a stage; models that a way does not need are not on the device."""
@@ -293,9 +341,7 @@ class Bench:
             training.forget_gradients()
             plain = Plain(training.learner.module, lm.model, 1e-4, self.dtype)
             step_s = self.seconds(lambda _: plain.step(pixels_BFHW3, texts))
-            peak = peak_flops(self.device, "bf16")
-            mfu = training.flops / step_s / peak if peak and training.flops else None
-            self.add(Row(part, "plain loop", step_s, case.batch / step_s, mfu, self._peak_gib()))
+            self.measured(part, "plain loop", step_s, case.batch, training.flops)
         self.compare(part, "plain loop")
 
     def ours(
@@ -305,14 +351,9 @@ class Bench:
         meter = Meter(self.device, "bf16")
         step_s = self.seconds(lambda n: training.step(n, features(), meter), meter.reset)
         found = meter.read()
-        training.flops = found["tflops_per_s"] * 1e12 * step_s
-        rate, mfu = found["samples_per_s"], found.get("mfu")
-        self.add(Row(part, what, step_s, rate, mfu, self._peak_gib()))
-
-    def _peak_gib(self) -> float | None:
-        if self.device.type != "cuda":
-            return None
-        return torch.cuda.max_memory_allocated(self.device) / 2**30
+        num = training.case.batch
+        training.flops = 1e12 * num * found["tflops_per_s"] / found["samples_per_s"]
+        self.measured(part, what, step_s, num, training.flops)
 
     # The language model
 
@@ -339,7 +380,7 @@ class Bench:
             kind.random(shapes, video=False, device=self.device, dtype=self.dtype)
             for kind, shapes in ((AnimateDiff, self.size.sd), (CogVideoX, self.size.cogvideox))
         )
-        encoders = {"CLIP": _encoder(sd), "T5": _encoder(cog)}
+        encoders = {"CLIP": partial(random_text, sd), "T5": partial(random_text, cog)}
         found = latency(lm, encoders, sd.text_dim, 2 if self.size is QUICK else 5)
         one_s = found["rephrase"] + found["adapter"]
         ways = {
@@ -355,15 +396,26 @@ class Bench:
             self.add(Row(part, what, seconds, 1 / seconds, against=generate_s / seconds))
 
 
-def _encoder(vdm: VDM) -> Callable[[Sequence[str]], Tensor]:
-    """The model's own text encoder on as many tokens as it always has: it has no tokenizer."""
+def random_text(vdm: VDM, texts: Sequence[str]) -> Tensor:
+    """As `encode_text`, but of random tokens: a model of random weights has no tokenizer."""
     encoder: Any = vdm.text_encoder  # type: ignore[attr-defined]
+    ids_BL = torch.randint(3, 900, (len(texts), vdm.text_len))
+    ids_BL = ids_BL.clamp(max=encoder.config.vocab_size - 1)
+    return encoder(ids_BL.to(vdm.device))[0].float()  # type: ignore[attr-defined]
 
-    def encode(texts: Sequence[str]) -> Tensor:
-        ids_BL = torch.randint(3, 900, (len(texts), vdm.facts.text_len))  # type: ignore[attr-defined]
-        return encoder(ids_BL.clamp(max=encoder.config.vocab_size - 1).to(vdm.device))[0].float()  # type: ignore[attr-defined]
 
-    return encode
+def trained(
+    module: nn.Module, optimizer: torch.optim.Optimizer, batch: Mapping[str, Tensor], kind: str
+) -> None:
+    """A step on a batch as `Trainer` takes it, on a device of this kind."""
+    with torch.autocast(kind, torch.bfloat16):
+        losses_B = module(**batch)
+    losses_B.mean().backward()
+    norm = clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+    if not torch.isfinite(norm):
+        raise FloatingPointError("the gradient is not finite: a step was not whole")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 class Training:
@@ -388,7 +440,6 @@ class Training:
             self.learner.checkpoint_gradients()
         optims = [Optim(group=group, lr=1e-4) for group in self.learner.groups]
         self.optimizer = adamw(self.learner.module, self.learner.groups, optims)
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.flops = 0.0
         """Of a step, once one was measured."""
 
@@ -400,14 +451,7 @@ class Training:
         meter.step(case.batch, 0.0)
         with torch.autocast(device, torch.bfloat16):
             meter.count(case.bucket, self.learner.module, batch)
-        with torch.autocast(device, torch.bfloat16):
-            losses_B = self.learner.module(**batch)
-        losses_B.mean().backward()
-        norm = clip_grad_norm_(self.trained, 1.0)
-        if not torch.isfinite(norm):
-            raise FloatingPointError("the gradient is not finite: a step was not whole")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        trained(self.learner.module, self.optimizer, batch, device)
 
     def forget_gradients(self) -> None:
         """Also those that a step has left which failed; and the optimiser's state."""
@@ -467,7 +511,8 @@ def cells(row: Row) -> str:
 
     found = (
         shown(row.step_s, "{:.3f}"),
-        shown(row.samples_per_s, "{:.2f}"),
+        shown(row.samples_per_s, "{:.3g}"),
+        shown(row.tflops_per_s, "{:.1f}"),
         shown(row.mfu, "{:.1%}"),
         shown(row.peak_gib, "{:.1f}"),
         shown(row.against, "{:.2f}"),
@@ -475,13 +520,22 @@ def cells(row: Row) -> str:
     return " | ".join(found)
 
 
-def table(bench: Bench) -> str:
+def prepare(*, quick: bool) -> None:
+    """The process, before anything is measured."""
+    torch.manual_seed(0)
+    if quick:  # else its time goes into compiling bfloat16 kernels, and threads that wait
+        torch.backends.mkldnn.enabled = False
+        torch.set_num_threads(1)
+
+
+def table(bench: Bench, *, quick: bool) -> str:
     """Markdown."""
-    names = ("measured", "s", "per s", "MFU", "peak GiB", "times as fast")
+    names = ("measured", "s", "per s", "TFLOP/s", "MFU", "peak GiB", "times as fast")
     lines = [f"| {' | '.join(names)} |", "|---|" + "---:|" * (len(names) - 1)]
     lines += [f"| {r.part}: {r.what} | {r.note or cells(r)} |" for r in bench.rows]
     about = ", ".join(f"{name} {value}" for name, value in machine(bench.device).items())
-    return "\n".join([*lines, "", about])
+    says = ["--quick: models of a few megabytes, whose figures mean nothing", ""] if quick else []
+    return "\n".join([*says, *lines, "", about])
 
 
 def main() -> None:
@@ -499,11 +553,8 @@ def main() -> None:
     if not (torch.cuda.is_available() or args.quick):
         sys.exit("there is no GPU: --quick runs the same code on small models")
     size = QUICK if args.quick else FULL
-    bench = Bench(size, torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.out)
-    if args.quick:  # else its time goes into compiling bfloat16 kernels, and threads that wait
-        torch.backends.mkldnn.enabled = False
-        torch.set_num_threads(1)
-    torch.manual_seed(0)
+    bench = RiseBench(size, torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.out)
+    prepare(quick=args.quick)
     for part in args.only:
         print(f"measuring {part} …", file=sys.stderr, flush=True)
         with bench.guarded(part, "all of it"):
@@ -512,9 +563,7 @@ def main() -> None:
             else:
                 case = size.cases[part]
                 bench.stage(part, replace(case, checkpoint=case.checkpoint or args.checkpoint))
-    if args.quick:
-        print("--quick: models of a few megabytes, whose figures mean nothing\n")
-    print(table(bench))
+    print(table(bench, quick=args.quick))
 
 
 if __name__ == "__main__":

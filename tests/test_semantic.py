@@ -42,6 +42,7 @@ VARIANTS = (
     "semanticgen_vae",
 )
 CPU = torch.device("cpu")
+ROW = {"rephrased": "a cat"}
 
 Runs = Callable[[str], Trained]
 
@@ -155,7 +156,7 @@ def filled(found: Trained) -> tuple[FillModule, dict[str, torch.Tensor]]:
     learner = found.recipe.system.learner(stage, CPU, {})
     torch.manual_seed(2)
     samples = [
-        Sample({}, stage.data.buckets[0], features={
+        Sample(ROW, stage.data.buckets[0], features={
             "latents": torch.randn(2, *shape).abs(),
             "base_text": torch.randn(16, learner.module.vdm.text_dim),
             "semantics": torch.randn(*grid, found.recipe.system.encoder.facts().dim),
@@ -214,7 +215,7 @@ def test_shares_and_noise_are_drawn_by_sample(short: Trained) -> None:
         "semantics": torch.zeros(*grid, system.encoder.facts().dim),
     }
     learner._null_LD = torch.zeros(1, learner.module.vdm.text_dim)
-    samples = [Sample({}, short.recipe.stages[0].data.buckets[0], features=features)] * 200
+    samples = [Sample(ROW, short.recipe.stages[0].data.buckets[0], features=features)] * 200
     batch = learner.batch(samples, Noise(0, 0, range(200)))
     silent, dropped = batch["text_BLD"][:, 0, 0] == 0, batch["dropped_B"]
     for share in (silent, dropped, silent == dropped):
@@ -476,6 +477,29 @@ def test_bad_input_is_one_line(
     refused(*generating, "--mode", "multi_scene", words=["--mode", "--seconds, --reference"])
     refused(*generating, "--reference", tmp_path / "no.mp4", words=["no.mp4"])
     assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_texts_that_are_cut_are_counted_and_prompts_refused(
+    short: Trained, runs: Runs, pipe: SemanticGenPipeline
+) -> None:
+    long = "cat " * 300
+    with pytest.raises(ValueError, match=r"begins with 'cat .* reads 512: shorten it") as said:
+        pipe(long, steps=1)
+    assert "\n" not in str(said.value)
+    with pytest.raises(ValueError, match="shorten it"):
+        load_pipeline(runs("base_ct_swin").export)(["a cat", long], steps=1)
+    learner = short.recipe.system.learner(short.recipe.stages[0], CPU, {})
+    latents, grid = _shapes(short)
+    features = {
+        "latents": torch.zeros(2, *latents),
+        "base_text": torch.zeros(512, learner.module.vdm.text_dim),
+        "semantics": torch.zeros(*grid, short.recipe.system.encoder.facts().dim),
+    }
+    bucket = short.recipe.stages[0].data.buckets[0]
+    rows = (ROW, {"rephrased": long}, {"rephrased": long + "s"})
+    samples = [Sample(row, bucket, features=features) for row in rows]
+    learner.batch(samples, Noise(0, 0, (0, 1, 2)))
+    assert learner.counts["texts_cut"] == 2
 
 
 def test_an_export_says_what_it_is(short: Trained) -> None:

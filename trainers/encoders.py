@@ -6,6 +6,8 @@ columns; L text positions, D width.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +19,7 @@ from trainers.vdm import VDM, Backbone
 if TYPE_CHECKING:
     import torch
 
+_log = logging.getLogger(__name__)
 Precision = Literal["bf16", "fp32"]
 
 
@@ -32,6 +35,15 @@ def stacked(samples: Sequence[Sample], kind: str, device: torch.device) -> torch
     import torch
 
     return torch.stack([s.features[kind].to(device) for s in samples])
+
+
+def count_cut(vdm: VDM, samples: Sequence[Sample], counts: Counter[str]) -> None:
+    """Counts the samples whose text the model's own text encoder does not read to its end."""
+    found = sum(num > 0 for num in vdm.text_cut([s.row["rephrased"] for s in samples]))
+    if found and not counts["texts_cut"]:
+        read = vdm.text_len
+        _log.warning("%d of %d texts are longer than %d tokens: cut", found, len(samples), read)
+    counts["texts_cut"] += found
 
 
 def empty_text(vdm: VDM) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainers.encoders import BaseText, Latents, dtype_of, empty_text, stacked
+from trainers.encoders import BaseText, Latents, count_cut, dtype_of, empty_text, stacked
 from trainers.system import (
     Card,
     Encoder,
@@ -145,7 +145,7 @@ class FinetuneLearner(Learner):
         named_parameters = self.module.named_parameters()
         group = "lora" if tuning == "lora" else "denoiser"
         self.groups = {group: [n for n, p in named_parameters if p.requires_grad]}
-        self.counts = Counter()
+        self.counts = Counter(texts_cut=0)
         self._null_LD, self._dropout = empty_text(vdm), text_dropout
 
     def checkpoint_gradients(self) -> None:
@@ -154,6 +154,7 @@ class FinetuneLearner(Learner):
 
     def batch(self, samples: Sequence[Sample], noise: Noise) -> dict[str, Tensor]:
         """Texts, latents, and what is drawn for them."""
+        count_cut(self.module.vdm, samples, self.counts)
         device = self._null_LD.device
         text_BLD = stacked(samples, "base_text", device)
         dropped_B = (noise.uniform("drop") < self._dropout).to(device)[:, None, None]

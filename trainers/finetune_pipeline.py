@@ -13,6 +13,7 @@ from trainers.generation import (
     Progress,
     Size,
     asked,
+    check_texts,
     placed,
     videos_of,
 )
@@ -66,6 +67,7 @@ class FinetunedPipeline:
         prompts, seeds = asked(prompt, seed)
         size = self.size.changed(frames=frames, height_px=height, width_px=width)
         shape = self.vdm.latent_shape(size.frames, size.height_px, size.width_px)
+        check_texts(self.vdm, prompts)
         text_BLD = self.vdm.encode_text(prompts)
         videos, seconds = videos_of(
             self.vdm,

@@ -83,6 +83,16 @@ def asked(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[
     return prompts, seeds
 
 
+def check_texts(vdm: VDM, prompts: Sequence[str]) -> None:
+    """Raises ValueError where the model's own text encoder does not read a prompt to its end."""
+    for prompt, cut in zip(prompts, vdm.text_cut(prompts), strict=True):
+        if cut:
+            raise ValueError(
+                f"the prompt that begins with {prompt[:40]!r} has {vdm.text_len + cut} tokens, and"
+                f" the text encoder reads {vdm.text_len}: shorten it"
+            )
+
+
 def load_pipeline(
     folder: Path, *, device: str | None = None, precision: Precision | None = None
 ) -> Pipeline:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainers.compressor import SemanticCompressor, drawn_from, kl_to_normal
-from trainers.encoders import BaseText, Latents, dtype_of, empty_text, stacked
+from trainers.encoders import BaseText, Latents, count_cut, dtype_of, empty_text, stacked
 from trainers.semantics import SemanticEncoder, Semantics
 from trainers.system import (
     Bucket,
@@ -341,7 +341,7 @@ class SemanticLearner(Learner):
             for group in ("denoiser", "semantic", "whitening")
         }
         self.groups = {group: names for group, names in members.items() if names}
-        self.counts = Counter()
+        self.counts = Counter(texts_cut=0)
         self._null_LD = empty_text(module.vdm)
 
     def checkpoint_gradients(self) -> None:
@@ -350,6 +350,7 @@ class SemanticLearner(Learner):
 
     def batch(self, samples: Sequence[Sample], noise: Noise) -> dict[str, Tensor]:
         """Texts, features, latents, and what is drawn for them."""
+        count_cut(self.module.vdm, samples, self.counts)
         device, system = self._null_LD.device, self.system
         text_BLD = stacked(samples, "base_text", device)
         features_BSVUW = stacked(samples, "semantics", device)

@@ -19,7 +19,16 @@ from torch import Tensor
 from engine.video import probe
 from trainers.encoders import Precision
 from trainers.frames import pixels_of
-from trainers.generation import Generated, Progress, Size, asked, placed, seconds_since, videos_of
+from trainers.generation import (
+    Generated,
+    Progress,
+    Size,
+    asked,
+    check_texts,
+    placed,
+    seconds_since,
+    videos_of,
+)
 from trainers.semantic import LORA, Beside, SemanticCompressor, SemanticGen
 from trainers.semantic_towers import SemanticTower
 from trainers.system import Bucket, Noise, read_pipeline
@@ -130,6 +139,7 @@ class SemanticGenPipeline:
         bucket = Bucket(frames=size.frames, height_px=size.height_px, width_px=size.width_px)
         shape = self.filler.latent_shape(size.frames, size.height_px, size.width_px)
         grid = self.system.encoder.grid(bucket, size.fps)
+        check_texts(self.filler, prompts)
         began = time.perf_counter()
         text_BLD = self.filler.encode_text(prompts)
         null_LD = self.filler.encode_text([""])[0]

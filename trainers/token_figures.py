@@ -84,9 +84,11 @@ def draw(
         What was written, `tokens.json` last.
 
     Raises:
-        ValueError: See `check`; or the export has no LLM, or a prompt is too long for it.
+        ValueError: See `check`; the export has no LLM, or a prompt is too long for it.
     """
     check(prompts, prompt, answers)
+    if batch < 1:
+        raise ValueError(f"batches of {batch}: at least 1 text is answered at once")
     _check_pipeline(pipe, [*prompts, prompt])
     folder.mkdir(parents=True, exist_ok=True)
     found = measured(
@@ -184,7 +186,7 @@ def _written(found: Measured, prompts: Map, answers: Map, folder: Path) -> list[
 def _draw_prompts(axes: Axes, found: Measured, where: Map) -> None:
     for kind, label, look in (
         ("encoder", _encoder(found), _DOT),
-        ("decoder", f"decoder-only: {_short(found.decoder)}", _TRIANGLE),
+        ("decoder", _decoder(found), _TRIANGLE),
         ("sum", "their sum, as the video model reads it", _RING),
     ):
         axes.scatter(*where.kinds[kind].T, label=label, **look)
@@ -223,10 +225,10 @@ def _finish_map(axes: Axes, title: str, found: Measured, where: Map) -> None:
 def _draw_values(axes: Axes, found: Measured, *, normed: bool) -> None:
     looks = {
         "encoder": (_encoder(found), _BLUE),
-        "decoder_normed" if normed else "decoder": (_short(found.decoder), _ORANGE),
+        "decoder_normed" if normed else "decoder": (_decoder(found), _ORANGE),
     }
-    # Further out lie single values, which would squeeze all others together.
-    limit = max(1.1, *(np.quantile(np.abs(found.values[kind]), 0.999) for kind in looks))
+    # A few values lie far out, and would squeeze all others together.
+    limit = max(1.1, *(np.quantile(np.abs(found.values[kind]), 0.99) for kind in looks))
     edges = np.linspace(-limit, limit, 111)
     for kind, (name, color) in looks.items():
         values = found.values[kind]
@@ -241,12 +243,11 @@ def _draw_values(axes: Axes, found: Measured, *, normed: bool) -> None:
     title = f"({'d' if normed else 'c'}) Token values of {found.num_prompts} prompts"
     how = "as the models give them"
     if normed:
-        title += f", {_short(found.decoder)} normalised"
-        how = (
-            "behind the fuser's norm, scale and bias" if found.normed else "this fuser has no norm"
-        )
+        title += ", after normalisation"
+        how = "the LLM's behind norm, scale and bias" if found.normed else "this fuser has no norm"
     _title(axes, title, f"share of values in ranges of {edges[1] - edges[0]:.2g}; {how}")
-    axes.set_xlabel("value of a channel of a token (dotted: ±0.5, ±1)", color=_GREY, size=9)
+    about = f"a token's values (dotted: ±0.5, ±1); those beyond ±{limit:.2g} are not drawn"
+    axes.set_xlabel(about, color=_GREY, size=9)
     axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.12))
 
 
@@ -257,6 +258,10 @@ def _title(axes: Axes, title: str, more: str) -> None:
 
 def _encoder(found: Measured) -> str:
     return f"encoder: T5 of {_short(found.encoder)}"
+
+
+def _decoder(found: Measured) -> str:
+    return f"decoder-only: {_short(found.decoder)}"
 
 
 def _short(name: str) -> str:

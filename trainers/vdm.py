@@ -91,6 +91,8 @@ class VDM(ABC):
     """D of the conditioning."""
     text_len: int
     """Positions that the model's own text encoder gives."""
+    tokenizer: Any
+    """Of that encoder, as transformers has it."""
     denoiser: nn.Module
     """Predicts; LoRA is added to it through peft."""
     blocks: Sequence[nn.Module]
@@ -157,6 +159,11 @@ class VDM(ABC):
     @abstractmethod
     def decode(self, latents_BCTYX: Tensor) -> Tensor:
         """uint8 RGB (B, F, H, W, 3)."""
+
+    def text_cut(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens of each text are beyond those that the model's text encoder reads."""
+        tokenizer: Any = self.tokenizer
+        return [max(0, len(ids) - self.text_len) for ids in tokenizer(list(texts)).input_ids]
 
     @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> Tensor:
