@@ -1,6 +1,6 @@
 """What training Mimir and SemanticGen costs at full size with random weights, on one GPU.
 
-    python tests/bench_systems_gpu.py [--out FILE] [--only PART ...] [--quick]
+    python tests/bench_systems_gpu.py [--out FILE] [--only PART ...] [--frames NUM ...] [--quick]
 
 Each row is a step of one sample: systems, stages and their learners are those of the recipes, with
 models of random weights in place of files, and are trained as `trainers.loop` does it, with
@@ -9,8 +9,11 @@ reading a cache is in it. Parts:
 
     mimir      CogVideoX-5B whole; with a LoRA if anything of that does not fit in memory. Features
                cached; on the fly with the answers at hand, and with all of them drawn anew
-    latents    SemanticGen's VAE-latent generator on Wan 1.3B: 5 s in full attention, and 60 s
-               within shifted windows and in full; where 60 s do not fit in memory, half, and so on
+    latents    SemanticGen's VAE-latent generator on Wan 1.3B: 5 s in full attention; 15, 30 and
+               60 s within shifted windows, and in full where that is not too long. What does not
+               fit in memory is tried once more with the inputs of blocks, from which they are
+               computed again, moved to the CPU between forward and backward, which `trainers` does
+               not offer
     semantics  its semantic generator: the tokens of 60 s
 
 Against each stands a plain loop as in diffusers' examples on the same model: noise drawn on the
@@ -30,13 +33,15 @@ width of the LLM, N attribute instructions; S semantic frames, V U their lines a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -126,9 +131,8 @@ class Size:
     rank: int
     clip: Bucket
     """Of Mimir."""
-    short: Bucket
-    long: tuple[Bucket, ...]
-    """The first that fits in memory is measured."""
+    videos: tuple[Bucket, ...]
+    """Of SemanticGen, ascending; those longer than a window are trained in windows."""
     warm_up: int
     steps: int
 
@@ -148,8 +152,7 @@ FULL = Size(
     semantic_dim=2048,
     rank=128,
     clip=Bucket(frames=49, height_px=480, width_px=720),
-    short=_wide(121),
-    long=tuple(_wide(frames) for frames in (1441, 721, 361)),
+    videos=tuple(_wide(frames) for frames in (121, 361, 721, 1441)),
     warm_up=2,
     steps=6,
 )
@@ -160,8 +163,7 @@ QUICK = Size(
     semantic_dim=32,
     rank=4,
     clip=_small(9),
-    short=_small(121),
-    long=(_small(361), _small(241)),
+    videos=(_small(121), _small(361)),
     warm_up=1,
     steps=2,
 )
@@ -186,7 +188,9 @@ class RandomBackbone(Backbone):
     ) -> VDM:
         kind = CogVideoX if self.kind == "cogvideox" else Wan
         vdm = kind.random(self.shapes, video=video, device=device, dtype=dtype, variant=variant)
+        # It has no tokenizer.
         vdm.encode_text = partial(_encoded, vdm)  # type: ignore[method-assign]
+        vdm.text_cut = lambda texts: [0] * len(texts)  # type: ignore[method-assign]
         return vdm
 
     def facts(self) -> Facts:
@@ -239,7 +243,8 @@ class RandomPhi(LanguageModel):
     def _config(self) -> Any:
         from transformers import Phi3Config
 
-        return Phi3Config(**self.config, pad_token_id=0, tie_word_embeddings=False)
+        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # others may lie beyond it
+        return Phi3Config(**self.config, **ids, tie_word_embeddings=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +260,12 @@ class ShapedEncoder(SemanticEncoder):
 # A stage as it is trained
 
 
+@cache
+def row() -> dict[str, Any]:
+    """Of the manifest: a caption."""
+    return {"original": None, "rephrased": words_of(CAPTION)}
+
+
 @dataclass(frozen=True)
 class Case:
     """A stage of a system on one sample, with features as a cache gives them."""
@@ -264,25 +275,40 @@ class Case:
     stage: TrainStage
     features: Features
     parents: Mapping[str, Features] = field(default_factory=dict)
+    offload: bool = False
+    """Whether what backward needs is moved to the CPU until then."""
 
     @property
     def bucket(self) -> Bucket:
         return self.stage.data.buckets[0]
 
+    def trained(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Features
+    ) -> None:
+        """A step on a batch."""
+        kind = batch["at_B"].device.type
+        saved = torch.autograd.graph.save_on_cpu(pin_memory=kind == "cuda")
+        with saved if self.offload else contextlib.nullcontext():
+            trained(module, optimizer, batch, kind)
+
     def cached(self) -> list[Sample]:
-        return [Sample({}, self.bucket, features=dict(self.features))]
+        return [Sample(row(), self.bucket, features=dict(self.features))]
 
     def without_memory(self) -> tuple[torch.nn.Module, Features]:
         """The module and what it is called with, where nothing is computed."""
         parents = {s: {n: t.to(META) for n, t in p.items()} for s, p in self.parents.items()}
-        stage = replace(self.stage, precision="fp32")  # there is no autocast to mend types
+        stage = replace(self.stage, precision="fp32")  # of one type: there is no autocast
         learner = self.system.learner(stage, META, parents)
         return learner.module, learner.batch(self.cached(), Noise(0, 0, (0,)))
 
     def flops(self) -> float:
         """Operations of a step, forward and backward."""
         module, batch = self.without_memory()
-        with FlopCounterMode(display=False) as counter:
+        with (
+            # Even to turn it off is an error there.
+            mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()),
+            FlopCounterMode(display=False) as counter,
+        ):
             module(**batch).mean().backward()
         return float(counter.get_total_flops())
 
@@ -296,7 +322,7 @@ class Run:
     """
 
     def __init__(self, case: Case, device: torch.device):
-        self.device, self.decay = device, case.stage.ema_decay
+        self.case, self.decay = case, case.stage.ema_decay
         self.learner = case.system.learner(case.stage, device, case.parents)
         self.learner.checkpoint_gradients()
         self.optimizer = adamw(self.learner.module, self.learner.groups, case.stage.optim)
@@ -304,7 +330,7 @@ class Run:
 
     def step(self, number: int, samples: Sequence[Sample]) -> None:
         batch = self.learner.batch(samples, Noise(0, number, range(len(samples))))
-        trained(self.learner.module, self.optimizer, batch, self.device.type)
+        self.case.trained(self.learner.module, self.optimizer, batch)
         if self.decay is not None:
             average(self.average, self.learner.module, self.decay)
 
@@ -321,13 +347,13 @@ class Plain:
     def __init__(self, case: Case, device: torch.device, batch: Callable[[], Features]):
         learner = case.system.learner(case.stage, device, case.parents)
         learner.checkpoint_gradients()
-        self.module, self.device, self.batch = learner.module, device, batch
+        self.case, self.module, self.batch = case, learner.module, batch
         weights = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(weights, lr=1e-5, weight_decay=0.01)
         self.rates = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
 
     def step(self, _: int) -> None:
-        trained(self.module, self.optimizer, self.batch(), self.device.type)
+        self.case.trained(self.module, self.optimizer, self.batch())
         self.rates.step()
 
 
@@ -384,12 +410,11 @@ class SystemsBench(Bench):
             flops, fly = case.flops(), partial(on_the_fly, case, self.device)
             fits = self.ours(case, "features cached", flops)
             if fits:
-                row = {"rephrased": words_of(CAPTION), "original": None}
                 pixels = {"pixels": given.pop("pixels")}
                 fits &= self.ours(case, "on the fly, answers at hand", flops,
-                                  partial(fly, row, pixels | given))  # fmt: skip
+                                  partial(fly, pixels | given))  # fmt: skip
                 fits &= self.ours(case, "on the fly, answers drawn", flops,
-                                  partial(fly, row, pixels))  # fmt: skip
+                                  partial(fly, pixels))  # fmt: skip
                 plain = partial(plain_mimir, case, self.device, pixels["pixels"])
                 self.plain(case, flops, plain)
             if fits:
@@ -397,27 +422,34 @@ class SystemsBench(Bench):
 
     # SemanticGen
 
-    def latents(self) -> None:
-        """A short video, and the longest that fits."""
-        self.filled(semantic_case(self.size, "latents", self.size.short, windows=False), None)
-        for bucket in self.size.long:
-            windowed = semantic_case(self.size, "latents", bucket, windows=True)
-            flops = windowed.flops()
-            what = f"windows of {windowed.system.window_s:g} s"  # type: ignore[attr-defined]
-            if self.ours(windowed, what, flops):
-                full = semantic_case(self.size, "latents", bucket, windows=False)
+    def latents(self, frames: Sequence[int] | None = None) -> None:
+        """Videos of these lengths, or of all."""
+        for bucket in self.size.videos:
+            if frames and bucket.frames not in frames:
+                continue
+            full = semantic_case(self.size, "latents", bucket, windows=False)
+            case = semantic_case(self.size, "latents", bucket, windows=True)
+            window_s = case.system.window_s  # type: ignore[attr-defined]
+            if bucket.frames - 1 <= window_s * case.stage.data.fps:
+                self.filled(full, None)
+                continue
+            flops, what = case.flops(), f"windows of {window_s:g} s"
+            fits = self.ours(case, what, flops)
+            if not fits:
+                what, full = f"{what}, inputs of blocks on the CPU", replace(full, offload=True)
+                fits = self.ours(replace(case, offload=True), what, flops)
+            if fits:
                 self.filled(full, flops / (self.rows[-1].step_s or 1))
-                return
 
     def filled(self, case: Case, rate: float | None) -> None:
         """In full attention, ours and plain; not where at this rate it would take too long."""
         flops = case.flops()
         if rate is not None and flops / rate > self.longest_s:
             note = (
-                f"not run: {flops / 1e15:.0f} PFLOP a step, at the windows' rate"
-                f" {flops / rate:.0f} s (--longest-step-s)"
+                f"not run: {flops / 1e15:.3g} PFLOP a step are {flops / rate:.0f} s at the rate of"
+                " windows"
             )
-            for what in ("full attention", f"{PLAIN}, full attention"):
+            for what in ("full attention", PLAIN):
                 self.add(Row(case.part, what, note=note))
             return
         self.ours(case, "full attention", flops)
@@ -425,7 +457,7 @@ class SystemsBench(Bench):
 
     def semantics(self) -> None:
         """The planner of the longest video."""
-        case = semantic_case(self.size, "semantics", self.size.long[0], windows=True)
+        case = semantic_case(self.size, "semantics", self.size.videos[-1], windows=True)
         flops = case.flops()
         self.ours(case, "features cached", flops)
         self.plain(case, flops, partial(drawn_on, case, self.device))
@@ -456,7 +488,7 @@ def mimir_case(size: Size, tuning: str) -> tuple[Case, Features]:
 
 def answers_of(system: Mimir, prompts: Prompts) -> list[Answered]:
     """Answers in random tokens, which fill what the fuser reads."""
-    caption, limit = words_of(CAPTION), system.vdm.facts().text_len
+    caption, limit = row()["rephrased"], system.vdm.facts().text_len
     text = prompts.tokenized(system.answer_instruction, None, caption)
     num = prompts.num_tokens(caption)
     drawn = torch.randint(10, 800, (system.variants, limit - num)).tolist()
@@ -499,15 +531,13 @@ def on(stage: TrainStage, bucket: Bucket) -> TrainStage:
     return replace(stage, batch=1, data=replace(stage.data, buckets=(bucket,)))
 
 
-def on_the_fly(
-    case: Case, device: torch.device, row: Mapping[str, Any], given: Features
-) -> Callable[[], list[Sample]]:
+def on_the_fly(case: Case, device: torch.device, given: Features) -> Callable[[], list[Sample]]:
     """Samples whose features are computed in each step, but for those that are given."""
     encoders = case.system.encoders(case.stage)
     functions = {e.kind: e.on(device) for e in encoders if e.kind not in given}
 
     def computed() -> list[Sample]:
-        sample = Sample(row, case.bucket, features=dict(given))
+        sample = Sample(row(), case.bucket, features=dict(given))
         complete([sample], encoders, [e.kind for e in encoders], lambda e: functions[e.kind])
         return [sample]
 
@@ -521,7 +551,7 @@ def plain_mimir(case: Case, device: torch.device, pixels_FHW3: Tensor) -> Callab
     vdm = system.vdm.load(video=True, device=device, dtype=torch.bfloat16)
     lm = system.lm.load(device, torch.bfloat16)
     one = answers_of(system, lm.prompts)[0]
-    asked = [lm.tokenized(text, None, words_of(CAPTION)) for text in system.attribute_instructions]
+    asked = [lm.tokenized(text, None, row()["rephrased"]) for text in system.attribute_instructions]
 
     @torch.no_grad()
     def batch() -> Features:
@@ -572,6 +602,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="which parts")
+    parser.add_argument("--frames", nargs="+", type=int, help="which lengths of latents; all")
     parser.add_argument("--quick", action="store_true", help="small models, on the CPU too")
     parser.add_argument(
         "--longest-step-s",
@@ -583,12 +614,15 @@ def main() -> None:
     if not (torch.cuda.is_available() or args.quick):
         sys.exit("there is no GPU: --quick runs the same code on small models")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = SystemsBench(QUICK if args.quick else FULL, device, args.out, args.longest_step_s)
+    size = QUICK if args.quick else FULL
+    if odd := set(args.frames or ()) - {bucket.frames for bucket in size.videos}:
+        parser.error(f"--frames {min(odd)}: {', '.join(str(b.frames) for b in size.videos)} are")
+    bench = SystemsBench(size, device, args.out, args.longest_step_s)
     prepare(quick=args.quick)
     for part in args.only:
         print(f"measuring {part} …", file=sys.stderr, flush=True)
         with bench.guarded(part, "all of it"):
-            getattr(bench, part)()
+            bench.latents(args.frames) if part == "latents" else getattr(bench, part)()
     print(table(bench, quick=args.quick))
 
 

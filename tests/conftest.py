@@ -31,6 +31,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tells `-n` what stays together: all that is on the session's Ray, and each file's rest."""
+    for item in items:
+        on_ray = "cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Anything that logs an error fails its test."""
@@ -78,6 +85,27 @@ class Cluster:
     """A copy of the code, where `ray start` ran."""
     home: Path
     """The home folder of its user."""
+
+    def processes(self, kind: str) -> list[psutil.Process]:
+        """Actors that read or that measure, or sandboxed children, of this cluster alone."""
+        words = {
+            "actor": ("ray::", "Reader"),
+            "gauge": ("ray::", "Gauge"),
+            "child": ("", "engine.sandbox"),
+        }
+        begins, holds = words[kind]
+        found = []
+        for one in psutil.process_iter(["name", "cmdline"]):
+            line = " ".join(one.info["cmdline"] or [])
+            if line.startswith(begins) and holds in line and self._is_of_it(one):
+                found.append(one)
+        return found
+
+    def _is_of_it(self, process: psutil.Process) -> bool:
+        folder = str(self.repository.parent)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return any(folder in part for p in process.parents() for part in p.cmdline())
+        return False
 
     def job_env(self) -> dict[str, str]:
         """For `ray job submit`."""
@@ -199,22 +227,6 @@ class Driver:
     def end(self, timeout_s: float = 120) -> Ran:
         out, err = self.process.communicate(timeout=timeout_s)
         return Ran(self.process.returncode, out, err)
-
-
-def processes(kind: str) -> list[psutil.Process]:
-    """Actors that read or that measure, or sandboxed children, of this session's cluster."""
-    words = {
-        "actor": ("ray::", "Reader"),
-        "gauge": ("ray::", "Gauge"),
-        "child": ("", "engine.sandbox"),
-    }
-    begins, holds = words[kind]
-    found = []
-    for one in psutil.process_iter(["name", "cmdline"]):
-        line = " ".join(one.info["cmdline"] or [])
-        if line.startswith(begins) and holds in line:
-            found.append(one)
-    return found
 
 
 @pytest.fixture(scope="session")
@@ -419,38 +431,41 @@ def small(tiny_home: Path) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def _made(script: str, *arguments: object, home: Path) -> None:
+    """Runs a command on a Ray of its own, so that who asks for what it makes needs no cluster."""
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        command(script, *arguments, "--json"),
+        cwd=REPOSITORY,
+        env=env | {"XDG_CACHE_HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="session")
-def quadruples(
-    samples: Path, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory, run_in_session: Run
-) -> Path:
+def quadruples(samples: Path, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset that curate.py made of some samples, with the pairs that recaption.py made."""
     src, dst = tmp_path_factory.mktemp("some"), tmp_path_factory.mktemp("quadruples") / "set"
     chosen = "coins coffee_pan astronaut_zoom two_to_one wide square vfr turned motorcycle_hd"
     for path in samples.iterdir():
         if path.stem in chosen.split():
             shutil.copy(path, src)
-    home = {"XDG_CACHE_HOME": str(tiny_home)}
-    made = run_in_session("curate", "--src", src, "--dst", dst, "--json", env=home)
-    assert made.code == 0, made.err
-
-    paired = run_in_session("recaption", "--src", dst, "--models", "tiny", "--json", env=home)
-    assert paired.code == 0, paired.err
+    _made("curate", "--src", src, "--dst", dst, home=tiny_home)
+    _made("recaption", "--src", dst, "--models", "tiny", home=tiny_home)
     return dst
 
 
 @pytest.fixture(scope="session")
-def spans(
-    samples: Path, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory, run_in_session: Run
-) -> Path:
+def spans(samples: Path, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of the recipe `long`, captioned by small models: most of it is kept."""
     src, dst = tmp_path_factory.mktemp("takes"), tmp_path_factory.mktemp("spans") / "set"
     for name in ("coffee_pan.mp4", "astronaut_zoom.mp4", "two_to_one.mp4", "long_take.mp4"):
         shutil.copy(samples / name, src)
     loose = "aesthetic_score.lo=0 watermark_score.hi=1 clip_score.lo=0 ocr_area_frac.hi=1".split()
     loose += [f"repetition_{n}gram.hi=1" for n in (2, 5, 10)]
-    made = run_in_session(
-        "curate", "long", "--models", "tiny", "--src", src, "--dst", dst, "--set", *loose,
-        "--json", env={"XDG_CACHE_HOME": str(tiny_home)},
-    )  # fmt: skip
-    assert made.code == 0, made.err
+    flags = ("--models", "tiny", "--set", *loose)
+    _made("curate", "long", "--src", src, "--dst", dst, *flags, home=tiny_home)
     return dst

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import pytest
 from clips import encode, shots_of
-from conftest import Cluster, Curate, Driver, processes, rows
+from conftest import Cluster, Curate, Driver, rows
 
 from engine.scan import Scan, SegmentScan, plan_segments
 from engine.tables import read
@@ -85,7 +85,7 @@ def test_a_run_killed_within_a_long_source_does_not_decode_finished_parts_again(
         time.sleep(0.05)
     driver.process.kill()
     driver.end()
-    while processes("actor"):  # they may still finish what they are at
+    while cluster.processes("actor"):  # they may still finish what they are at
         assert time.monotonic() < deadline
         time.sleep(0.1)
     parked = [SegmentScan.from_bytes(p.read_bytes()) for p in root.glob("parts/*/*.arrow")]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Cluster, Driver, processes, rows
+from conftest import Cluster, Driver, rows
 
 from engine.tables import read
 
@@ -74,7 +74,7 @@ def test_a_kill_at_a_random_moment_costs_nothing_that_was_committed(
         victims: list[psutil.Process] = []
         while not victims and driver.process.poll() is None:
             time.sleep(0.02)
-            victims = processes(kind)
+            victims = cluster.processes(kind)
         time.sleep(chance.uniform(0, 2))
         for victim in chance.sample(victims, 1) if victims else ():
             if victim.is_running():
@@ -125,7 +125,7 @@ def test_ctrl_c_commits_what_is_done_and_says_how_to_go_on(
     root = tmp_path / "set"
     driver = Driver(cluster, source, root)
     deadline = time.monotonic() + 60
-    while not processes("child") and time.monotonic() < deadline:
+    while not cluster.processes("child") and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(1)
     driver.process.send_signal(how)

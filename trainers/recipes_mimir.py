@@ -49,7 +49,7 @@ def build(name: str, models: Models, *, tiny: bool) -> Recipe:
         batch=BATCH,
     )
     if tiny:
-        clips = tuple(Bucket(frames=9, height_px=64, width_px=w) for w in (64, 96))
+        clips = tuple(Bucket(frames=9, height_px=48, width_px=w) for w in (48, 64))
         stage = smaller(stage, clips, steps=10)
     system = Mimir(
         lm=lm, vdm=vdm, prompt="caption", max_answer_tokens=24 if tiny else 226, **ROWS[row]

@@ -107,10 +107,10 @@ def _paper_stages(*, cog: bool) -> tuple[TrainStage, ...]:
 
 
 def _tiny_stages(*, cog: bool) -> tuple[TrainStage, ...]:
-    """The paper's stages on 64 px and a few steps, with an average, so that all code runs."""
+    """The paper's stages on 48 px and a few steps, with an average, so that all code runs."""
     frames = 9 if cog else 8
-    picture = Bucket(frames=1, height_px=64, width_px=64)
-    clips = tuple(Bucket(frames=frames, height_px=64, width_px=w) for w in (64, 96))
+    picture = Bucket(frames=1, height_px=48, width_px=48)
+    clips = tuple(Bucket(frames=frames, height_px=48, width_px=w) for w in (48, 64))
     image, domain, motion = _paper_stages(cog=cog)
 
     return (

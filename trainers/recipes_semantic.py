@@ -62,10 +62,8 @@ def build(name: str, models: Models, *, tiny: bool) -> Recipe:
     window_s = (1.0 if tiny else WINDOW_S) if swin else None
     latents, semantics = _stages(LONG if swin else SHORT, scratch=name in _SCRATCH)
     if tiny:
-        lengths = (33,) if swin else (17,)
-        buckets = tuple(
-            Bucket(frames=n, height_px=64, width_px=w) for n in lengths for w in (64, 96)
-        )
+        frames = 17 if swin else 9
+        buckets = tuple(Bucket(frames=frames, height_px=48, width_px=w) for w in (48, 64))
         latents, semantics = (
             smaller(stage, buckets, steps=10, fps=8.0) for stage in (latents, semantics)
         )

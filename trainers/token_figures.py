@@ -119,14 +119,14 @@ def check(prompts: Sequence[str], prompt: str, answers: int) -> None:
             raise ValueError(f"{num} {what}: figure 7 needs at least {MIN_TEXTS}; the paper has 50")
 
 
-def read_prompts(path: Path | None = None) -> tuple[str, ...]:
+def prompts_of(path: str | Path | None = None) -> tuple[str, ...]:
     """The lines of a file, those without words left out; by default 50 prompts of our own.
 
     Raises:
         ValueError: It is no text file.
     """
     try:
-        lines = (path or PROMPTS).read_text(encoding="utf-8").splitlines()
+        lines = Path(path or PROMPTS).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ValueError(f"cannot read prompts, one a line, from {path}: {why}") from None

@@ -158,21 +158,12 @@ def measured(
     Raises:
         ValueError: The LLM says nothing to `prompt`, or values are not finite.
     """
-    once = list(texts(pipe, prompts, [seed] * len(prompts), batch, "prompts", progress))
-    values = {
-        "encoder": _values([t.encoder_MD for t in once]),
-        "decoder": _values([x for t in once for x in (t.query_QE, t.answer_SE)]),
-        "decoder_normed": _values([t.normed_NE for t in once]),
-    }
-    points = {
-        "encoder": _points([t.encoder_branch_MD for t in once]),
-        "decoder": _points([t.decoder_branch for t in once]),
-        "sum": _points([t.sum_KD for t in once]),
-    }
-    del once  # half a gigabyte at full size
-    means, said, num_read = defaultdict[str, list[np.ndarray]](list), set(), 0
+    once = texts(pipe, prompts, [seed] * len(prompts), batch, "prompts", progress)
+    values, points = _of_prompts(list(once))
     seeds = range(seed, seed + answers)
-    for text in texts(pipe, [prompt] * answers, seeds, batch, "answers", progress):
+    again = texts(pipe, [prompt] * answers, seeds, batch, "answers", progress)
+    means, said, num_read = defaultdict[str, list[np.ndarray]](list), set(), 0
+    for text in again:  # not kept: each holds megabytes
         said.add(text.answer)
         num_read = len(text.final_LD)
         for kind, tokens in text.of_answer.items():
@@ -198,6 +189,21 @@ def measured(
         prompts=points,
         answers={kind: np.stack(found) for kind, found in means.items()},
     )
+
+
+def _of_prompts(found: list[Text]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values and points of each kind."""
+    values = {
+        "encoder": _values([t.encoder_MD for t in found]),
+        "decoder": _values([x for t in found for x in (t.query_QE, t.answer_SE)]),
+        "decoder_normed": _values([t.normed_NE for t in found]),
+    }
+    points = {
+        "encoder": _points([t.encoder_branch_MD for t in found]),
+        "decoder": _points([t.decoder_branch for t in found]),
+        "sum": _points([t.sum_KD for t in found]),
+    }
+    return values, points
 
 
 def texts(
@@ -245,7 +251,8 @@ def _text(fuser: TokenFuser, found: PromptTokens, num: int) -> Text:
         final_LD=_array(found.fused_LD),
         answer=said.answer.text,
     )
-    if not all(np.isfinite(x).all() for x in (text.encoder_MD, text.query_QE, text.answer_SE)):
+    ends = text.encoder_MD, text.query_QE, text.answer_SE, text.final_LD
+    if not all(np.isfinite(x).all() for x in ends):
         raise ValueError(f"tokens of {found.prompt!r} are not finite: load the export in fp32")
     return text
 
