@@ -604,9 +604,11 @@ class Plain:
         ]
 
     def _denoise(self, noisy_BCTYX: Tensor, at_B: Tensor, text_BLD: Tensor) -> Tensor:
+        from diffusers import CogVideoXTransformer3DModel
+
         denoiser, frames = self.module.denoiser, noisy_BCTYX.shape[2]
         text_BLD = text_BLD.to(self.dtype)
-        if type(denoiser).__name__ == "CogVideoXTransformer3DModel":
+        if isinstance(denoiser, CogVideoXTransformer3DModel):
             return denoiser(noisy_BCTYX.transpose(1, 2), text_BLD, at_B).sample.transpose(1, 2)
         if type(denoiser).__name__ == "UNetMotionModel":
             return denoiser(noisy_BCTYX, at_B, text_BLD.repeat_interleave(frames, 0)).sample

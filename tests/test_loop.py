@@ -384,6 +384,20 @@ def test_operations_are_counted() -> None:
     assert meter._flops == 11.5 * forward + 2.5 * forward, "a weight above counts no layer twice"
 
 
+def test_attention_counts_twice_in_backward() -> None:
+    from trainers.throughput import Meter
+
+    class Attention(torch.nn.Module):
+        def forward(self, query: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(query, query, query)
+
+    meter = Meter(torch.device("cpu"), "fp32")
+    query = torch.empty(2, 3, 64, 16, device="meta")  # the CPU's own kernel is not counted
+    meter.count("shape", Attention(), {"query": query})
+    products = 2 * (2 * 2 * 3 * 64 * 64 * 16)
+    assert meter._flops == products + 2 * products
+
+
 def test_tensorboard_has_every_step_once(root: str, tmp_path: Path) -> None:
     launch.alone(job(root, tmp_path, stage={"steps": 6}, trackers=("tensorboard",)))
     both = job(root, tmp_path, trackers=("tensorboard",))

@@ -349,9 +349,10 @@ def generate(args: Generate) -> None:
 def analyse(args: Analyse) -> None:
     """`python -m trainers analyse`."""
     from trainers.mimir_pipeline import MimirPipeline
-    from trainers.token_figures import draw, prompts_of
+    from trainers.token_figures import check, draw, prompts_of
 
     prompts = prompts_of(args.prompts)
+    check(prompts, args.prompt, args.answers)
     pipe = MimirPipeline.from_export(command.destination(args.export), device=args.device)
     folder = Path(command.destination(args.out))
     with _Bars() as bars:

@@ -35,6 +35,10 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((1e12 * v for known, v in DENSE_BF16_TFLOPS.items() if known in name), None)
 
 
+_OF_ACTIVATIONS = ("attention", "bmm")
+"""In names of operations that multiply activations with each other, as no layer's weights are."""
+
+
 class Meter:
     """Seconds, samples and operations of the steps since it was last read."""
 
@@ -58,8 +62,9 @@ class Meter:
 
         Those of a forward pass are counted once for each shape, in a pass of its own (what counts
         also chooses other kernels, and a step must not depend on whether it was counted).
-        Backward has as many for the activations, and those of the layers that are trained once
-        more. What gradient checkpointing computes again is work of the machine, not the model's.
+        Backward has as many for the activations, those of the layers that are trained once more,
+        and those of attention, too: each of its two products has two gradients. What gradient
+        checkpointing computes again is work of the machine, not the model's.
         """
         if shape not in self._flops_of:
             eager = torch.compiler.set_stance("force_eager")
@@ -67,7 +72,12 @@ class Meter:
                 module(**batch)
             of_layer = {name: sum(f.values()) for name, f in counter.get_flop_counts().items()}
             trained = sum(of_layer.get(name, 0) for name in _trained_layers(module))
-            self._flops_of[shape] = 2 * counter.get_total_flops() + trained
+            attention = sum(
+                flops
+                for operation, flops in counter.get_flop_counts().get("Global", {}).items()
+                if any(name in str(operation) for name in _OF_ACTIVATIONS)
+            )
+            self._flops_of[shape] = 2 * counter.get_total_flops() + trained + attention
         self._flops += self._flops_of[shape]
 
     def read(self) -> dict[str, float]:
