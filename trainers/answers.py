@@ -69,7 +69,7 @@ def lengths(packed: Tensor) -> list[int]:
     return [len(a) for a in unpack(packed)]
 
 
-def prompt_of(row: Mapping[str, Any], prompt: Prompt = "original") -> str:
+def prompt_of(row: Mapping[str, Any], prompt: Prompt = "caption") -> str:
     """The text of a row that the LLM is asked about: its caption where there is no other."""
     original = row["original"] if prompt == "original" else None
     return original if original and original.strip() else row["rephrased"]
@@ -148,7 +148,7 @@ class Answers(_OfLLM):
 
     instruction: str
     """What the LLM is told, with the slot {y_ori} for the prompt."""
-    prompt: Prompt = "original"
+    prompt: Prompt = "caption"
     variants: int = 4
     temperature: float = 0.7
     top_p: float = 0.9
@@ -216,7 +216,7 @@ class Attributes(_OfLLM):
 
     instructions: tuple[str, ...]
     """What the LLM is told, each with the slot {y_ori} for the prompt."""
-    prompt: Prompt = "original"
+    prompt: Prompt = "caption"
 
     def on(self, device: torch.device) -> Callable[[Sequence[Sample]], list[Tensor]]:
         """Loads the model."""

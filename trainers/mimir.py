@@ -29,7 +29,7 @@ from engine.weights import Weights
 from trainers.adapter import padded
 from trainers.answers import Answers, AnswerStates, Attributes, Prompt, lengths
 from trainers.diffusion import Folder
-from trainers.encoders import BaseText, Latents, dtype_of, empty_text, stacked
+from trainers.encoders import BaseText, Latents, count_cut, dtype_of, empty_text, stacked
 from trainers.fuser import NUM_ATTRIBUTES, TokenFuser
 from trainers.language import LanguageModel
 from trainers.prompts import Prompts
@@ -96,9 +96,9 @@ class Mimir(System):
     """What the LLM is told, with the slot {y_ori} for the prompt."""
     attribute_instructions: tuple[str, ...] = ATTRIBUTES
     """The same, for each semantic token."""
-    prompt: Prompt = "original"
-    """Which text of a row the LLM is asked about, where there are two: `caption` is the one that
-    the text encoder reads."""
+    prompt: Prompt = "caption"
+    """Which text of a row the LLM is asked about, where there are two: equation 3 gives both
+    branches the same, and the text encoder reads the caption."""
     text_dropout: float = 0.1
     """Share of samples that train the unconditional."""
 
@@ -317,7 +317,7 @@ class MimirLearner(Learner):
             for group in ("fuser", "denoiser")
         }
         self.groups = {group: names for group, names in groups.items() if names}
-        self.counts = Counter(texts_cut=0)
+        self.counts = Counter(texts_cut=0, answers_cut=0)
         self._null_LD, self._dropout = null_LD, text_dropout
 
     def checkpoint_gradients(self) -> None:
@@ -326,6 +326,7 @@ class MimirLearner(Learner):
 
     def batch(self, samples: Sequence[Sample], noise: Noise) -> dict[str, Tensor]:
         """Tokens, latents, and what is drawn for them."""
+        count_cut(self.module.vdm, samples, self.counts)
         device = self._null_LD.device
         dropped_B = noise.uniform("drop") < self._dropout
         moments_B2CTYX = stacked(samples, "latents", device)
@@ -352,9 +353,9 @@ class MimirLearner(Learner):
             which = int(at * len(length_K))
             cut += length_K[which] > limit
             states.append(sample.features["answer_states"][which, : length_K[which]])
-        if cut and not self.counts["texts_cut"]:
-            _log.warning("%d of %d texts are longer than %d tokens: cut", cut, len(samples), limit)
-        self.counts["texts_cut"] += cut
+        if cut and not self.counts["answers_cut"]:
+            _log.warning("%d of %d answers end behind %d tokens: cut", cut, len(samples), limit)
+        self.counts["answers_cut"] += cut
         decoder_BLE, length_B = padded(states, limit)
         return decoder_BLE, length_B.cpu()
 

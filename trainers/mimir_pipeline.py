@@ -26,6 +26,7 @@ from trainers.generation import (
     Progress,
     Size,
     asked,
+    check_texts,
     placed,
     seconds_since,
     videos_of,
@@ -172,6 +173,7 @@ class MimirPipeline:
         prompts, seeds = asked(prompt, seed)
         size = self.size.changed(frames=frames, height_px=height, width_px=width)
         shape = self.vdm.latent_shape(size.frames, size.height_px, size.width_px)
+        check_texts(self.vdm, prompts)
         began = time.perf_counter()
         found = self.tokens(
             prompts, seeds, answers=answers, temperature=temperature, progress=progress
