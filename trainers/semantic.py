@@ -51,6 +51,8 @@ STAGES = ("latents", "semantics")
 LORA = "semanticgen"
 FIT = 1e-3
 """Weight of fitting the whitening, whose gradient must not count when gradients are clipped."""
+PIXELS_AT_ONCE = 2**27
+"""That a frozen encoder is given together at most, unless one video has more: 400 MB."""
 TOKENS_OF_SHIFT = 4096
 """Numbers of an embedding whose flow needs no shift."""
 
@@ -135,13 +137,18 @@ class SemanticGen(System):
 
     def encoders(self, stage: TrainStage) -> tuple[Encoder, ...]:
         """The text encoder, the semantic encoder, and where latents are learnt the VAE."""
+        at_once = max(1, min(8, PIXELS_AT_ONCE // max(b.pixels for b in stage.data.buckets)))
         text = BaseText(vdm=self.vdm, precision=stage.precision)
         semantics = Semantics(
-            encoder=self.encoder, video_fps=stage.data.fps, precision=stage.precision
+            encoder=self.encoder,
+            video_fps=stage.data.fps,
+            precision=stage.precision,
+            batch_size=at_once,
         )
         if stage.name == "semantics":
             return text, semantics
-        return Latents(vdm=self.vdm, precision=stage.precision), text, semantics
+        latents = Latents(vdm=self.vdm, precision=stage.precision, batch_size=at_once)
+        return latents, text, semantics
 
     def learner(
         self,
