@@ -30,7 +30,7 @@ from trainers.generation import load_pipeline
 from trainers.loop import Trainer
 from trainers.parallel import World
 from trainers.recipes import recipe, with_settings, with_stages
-from trainers.semantic import Beside, FillModule, SemanticGen, whitened
+from trainers.semantic import Beside, FillModule, whitened
 from trainers.semantic_pipeline import SemanticGenPipeline
 from trainers.system import Bucket, Data, Noise, Sample
 from trainers.videos import write_mp4
@@ -417,8 +417,20 @@ def test_an_export_without_the_planner_reconstructs(
         pipe("a cat", steps=1)
 
 
-def changed(name: str, **changes: object) -> SemanticGen:
-    return dataclasses.replace(recipe(f"tiny_{name}").system, **changes)
+def test_text_becomes_video_without_the_semantic_encoder(
+    short: Trained, pipe: SemanticGenPipeline, tmp_path: Path, samples: Path
+) -> None:
+    """Its files, 150 GB of them for the paper's, are needed to take up a reference alone."""
+    shutil.copytree(short.export, tmp_path / "export")
+    path = tmp_path / "export" / "pipeline.json"
+    about = json.loads(path.read_text())
+    about["semanticgen"]["encoder"]["weights"] = {"at": "nobody/nothing", "revision": None}
+    path.write_text(json.dumps(about))
+    without = SemanticGenPipeline.from_export(tmp_path / "export")
+    made = [p("a cat", steps=1, height=48, width=48).video for p in (without, pipe)]
+    assert np.array_equal(*made)
+    with pytest.raises(ValueError, match="hf download nobody/nothing"):
+        without.reconstruct(samples / "coffee_pan.mp4", frames=5, height=48, width=48)
 
 
 @pytest.mark.parametrize(

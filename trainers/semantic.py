@@ -101,7 +101,7 @@ class SemanticGen(System):
         for bucket in stage.data.buckets:
             self.encoder.grid(bucket, stage.data.fps)
         if self.window_s is not None:
-            each = 2 * self.encoder.every(stage.data.fps)
+            each = self.encoder.facts().frames_per_token * self.encoder.every(stage.data.fps)
             check_window(
                 self.window_s * stage.data.fps,
                 {"a latent frame": facts.frames_per_latent, "a semantic frame": each},

@@ -58,6 +58,8 @@ class SemanticEncoder:
     chunk: int | None = None
     """Sampled frames encoded at once, where the encoder attends over time (V-JEPA 2); None is as
     many as it was trained on."""
+    known: SemanticFacts | None = None
+    """What its files say, where they need not be there: text becomes video without them."""
 
     def check(self) -> None:
         """Raises ValueError, one line, where it is no such encoder; loads no weights."""
@@ -75,7 +77,7 @@ class SemanticEncoder:
         """
         from trainers import semantic_towers
 
-        return semantic_towers.facts(self)
+        return self.known or semantic_towers.facts(self)
 
     def every(self, video_fps: float) -> int:
         """The video's frames from one that is sampled to the next.
@@ -128,13 +130,14 @@ class SemanticEncoder:
         return semantic_towers.load(self, device, dtype)
 
     def pinned(self) -> SemanticEncoder:
-        """The same by the commit of what is on this machine."""
-        return replace(self, weights=self.weights.pinned())
+        """The same by the commit of what is on this machine, with what its files say."""
+        return replace(self, weights=self.weights.pinned(), known=self.facts())
 
     @classmethod
     def from_portable(cls, about: Mapping[str, Any]) -> SemanticEncoder:
         """The encoder that an export names: `dataclasses.asdict` of one."""
-        return cls(**(dict(about) | {"weights": Weights(**about["weights"])}))
+        known = SemanticFacts(**about["known"]) if about["known"] else None
+        return cls(**(dict(about) | {"weights": Weights(**about["weights"]), "known": known}))
 
     def describe(self) -> dict[str, Any]:
         """What tells it from others, as JSON values."""
