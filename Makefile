@@ -29,9 +29,9 @@ setup: $(ALL) ## install everything (all extras) into .venv
 demo: $(DEMO) ## curate the sample corpus into ./out/demo; installs only what that needs
 	@$(VENV_PYTHON) pipelines/curate.py
 
-# In two processes (see tests/conftest.py for who goes where); ARGS="-n 0" is one.
+# In two processes, each with a Ray of its own; ARGS="-n 0" is one.
 test: $(ALL) ## run the test suite, with the tests marked gpu where there is an NVIDIA GPU
-	@$(VENV_PYTHON) -m pytest -n 2 --dist loadgroup $(if $(shell nvidia-smi --list-gpus 2>/dev/null),-m "") $(ARGS)
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile $(if $(shell nvidia-smi --list-gpus 2>/dev/null),-m "") $(ARGS)
 
 lint: $(ALL) ## check style and format with ruff
 	@$(VENV_PYTHON) -m ruff check .

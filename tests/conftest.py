@@ -31,13 +31,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tells `-n` what stays together: all that is on the session's Ray, and each file's rest."""
-    for item in items:
-        on_ray = "cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.path.name))
-
-
 @pytest.fixture(autouse=True)
 def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Anything that logs an error fails its test."""
