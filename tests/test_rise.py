@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -19,10 +19,10 @@ from conftest import Cluster
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from training import Trained, job_of, train
+from training import refused as one_line
 
 from engine.weights import Weights, tiny_folder
 from trainers import launch, tracking
-from trainers.__main__ import main
 from trainers.adapter import RephrasingAdapter, null_of, padded
 from trainers.checkpoint import load_final
 from trainers.export import export
@@ -597,14 +597,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     tiny = tiny_folder()
 
-    def refused(*arguments: object, words: Sequence[str]) -> None:
-        monkeypatch.setattr(sys, "argv", ["trainers", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 2
-        said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("recipe tiny")]
-        assert len(said) == 1 and said[0].startswith("error: "), said
-        assert all(word in said[0] for word in words), said
+    refused = functools.partial(one_line, monkeypatch, capsys)
 
     def training(*more: object, data: object = quadruples, name: str = "tiny_rise_animatediff"):
         return ("train", name, "--data", data, "--out", tmp_path / "run", "--local", *more)

@@ -5,18 +5,17 @@ import functools
 import json
 import math
 import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from training import Trained, job_of, train
+from training import refused as one_line
 
 from engine.weights import tiny_folder
 from trainers import tracking
-from trainers.__main__ import main
 from trainers.checkpoint import load_final
 from trainers.compressor import (
     SemanticCompressor,
@@ -467,14 +466,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     tiny = tiny_folder()
 
-    def refused(*arguments: object, words: Sequence[str]) -> None:
-        monkeypatch.setattr(sys, "argv", ["trainers", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 2
-        said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("recipe tiny")]
-        assert len(said) == 1 and said[0].startswith("error: "), said
-        assert all(word in said[0] for word in words), said
+    refused = functools.partial(one_line, monkeypatch, capsys)
 
     def training(*more: object, data: Path = spans) -> tuple[object, ...]:
         run = tmp_path / "run"

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from trainers import launch, tracking
+from trainers.__main__ import main
 from trainers.checkpoint import load_final
 from trainers.export import export
 from trainers.job import Job, Options
 from trainers.recipes import Recipe
 from trainers.system import TrainStage
+
+
+def refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *arguments: object,
+    words: Sequence[str],
+) -> None:
+    """Runs `python -m trainers`, which must say one line with these words, and end."""
+    monkeypatch.setattr(sys, "argv", ["trainers", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("recipe tiny")]
+    assert len(said) == 1 and said[0].startswith("error: "), said
+    assert all(word in said[0] for word in words), said
 
 
 def job_of(found: Recipe, stage: TrainStage, root: object, out: Path, **options: object) -> Job:

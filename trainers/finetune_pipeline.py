@@ -15,6 +15,7 @@ from trainers.generation import (
     asked,
     check_texts,
     placed,
+    told,
     videos_of,
 )
 from trainers.system import read_pipeline
@@ -79,17 +80,4 @@ class FinetunedPipeline:
             guidance_scale=guidance_scale,
             progress=progress,
         )
-        made = [
-            Generated(
-                prompt=one,
-                seed=own,
-                video=video,
-                fps=size.fps,
-                rephrased=one,
-                scenes=(one,),
-                notes=(),
-                timings=seconds,
-            )
-            for one, own, video in zip(prompts, seeds, videos, strict=True)
-        ]
-        return made[0] if isinstance(prompt, str) else made
+        return told(prompt, videos, prompts=prompts, seeds=seeds, fps=size.fps, timings=seconds)

@@ -83,6 +83,48 @@ def asked(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[
     return prompts, seeds
 
 
+def told(
+    prompt: str | Sequence[str],
+    videos: Sequence[np.ndarray],
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    fps: float,
+    timings: dict[str, float],
+    rephrased: Sequence[str] | None = None,
+    scenes: Sequence[tuple[str, ...]] | None = None,
+    notes: Sequence[tuple[str, ...]] | None = None,
+) -> Generated | list[Generated]:
+    """Videos with how they came about: one where one prompt was given, else a list.
+
+    Args:
+        prompt: As it was given.
+        videos: Of `prompts`.
+        prompts: As of `asked`, like the seeds.
+        seeds: See there.
+        fps: Of the videos.
+        timings: Of all together.
+        rephrased: What an LLM made of each; by default the prompt itself.
+        scenes: Of each; by default the text as a whole.
+        notes: On each, if there are any.
+    """
+    texts = rephrased or prompts
+    made = [
+        Generated(
+            prompt=prompts[n],
+            seed=seeds[n],
+            video=video,
+            fps=fps,
+            rephrased=texts[n],
+            scenes=scenes[n] if scenes else (texts[n],),
+            notes=notes[n] if notes else (),
+            timings=timings,
+        )
+        for n, video in enumerate(videos)
+    ]
+    return made[0] if isinstance(prompt, str) else made
+
+
 def check_texts(vdm: VDM, prompts: Sequence[str]) -> None:
     """Raises ValueError where the model's own text encoder does not read a prompt to its end."""
     for prompt, cut in zip(prompts, vdm.text_cut(prompts), strict=True):

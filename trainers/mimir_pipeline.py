@@ -29,6 +29,7 @@ from trainers.generation import (
     check_texts,
     placed,
     seconds_since,
+    told,
     videos_of,
 )
 from trainers.mimir import FUSER, LORA, Mimir
@@ -191,20 +192,16 @@ class MimirPipeline:
             guidance_scale=guidance_scale,
             progress=progress,
         )
-        made = [
-            Generated(
-                prompt=one.prompt,
-                seed=own,
-                video=video,
-                fps=size.fps,
-                rephrased=one.text,
-                scenes=(one.text,),
-                notes=one.notes,
-                timings={"rephrase_s": rephrase_s, "text_s": text_s} | seconds,
-            )
-            for one, own, video in zip(found, seeds, videos, strict=True)
-        ]
-        return made[0] if isinstance(prompt, str) else made
+        return told(
+            prompt,
+            videos,
+            prompts=prompts,
+            seeds=seeds,
+            fps=size.fps,
+            timings={"rephrase_s": rephrase_s, "text_s": text_s} | seconds,
+            rephrased=[one.text for one in found],
+            notes=[one.notes for one in found],
+        )
 
     @torch.no_grad()
     def tokens(

@@ -29,6 +29,7 @@ from trainers.generation import (
     asked,
     placed,
     seconds_since,
+    told,
     videos_of,
 )
 from trainers.languages import language_of
@@ -180,22 +181,17 @@ class RisePipeline:
                 guidance_scale=guidance_scale,
                 progress=progress,
             )
-        made = [
-            Generated(
-                prompt=one,
-                seed=own,
-                video=video,
-                fps=size.fps,
-                rephrased=said.text,
-                scenes=tuple(scene.text for scene in said.scenes),
-                notes=notes,
-                timings=text.seconds | seconds,
-            )
-            for one, own, video, said, notes in zip(
-                prompts, seeds, videos, text.rephrased, text.notes, strict=True
-            )
-        ]
-        return made[0] if isinstance(prompt, str) else made
+        return told(
+            prompt,
+            videos,
+            prompts=prompts,
+            seeds=seeds,
+            fps=size.fps,
+            timings=text.seconds | seconds,
+            rephrased=[said.text for said in text.rephrased],
+            scenes=[tuple(scene.text for scene in said.scenes) for said in text.rephrased],
+            notes=text.notes,
+        )
 
     @torch.no_grad()
     def condition(

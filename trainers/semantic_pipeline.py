@@ -27,6 +27,7 @@ from trainers.generation import (
     check_texts,
     placed,
     seconds_since,
+    told,
     videos_of,
 )
 from trainers.semantic import LORA, Beside, SemanticCompressor, SemanticGen
@@ -164,20 +165,8 @@ class SemanticGenPipeline:
             null_context=self._context(embeddings, dropped=True),
             progress=progress,
         )
-        made = [
-            Generated(
-                prompt=one,
-                seed=own,
-                video=video,
-                fps=size.fps,
-                rephrased=one,
-                scenes=(one,),
-                notes=(),
-                timings=spent | seconds_of,
-            )
-            for one, own, video in zip(prompts, seeds, videos, strict=True)
-        ]
-        return made[0] if isinstance(prompt, str) else made
+        timings = spent | seconds_of
+        return told(prompt, videos, prompts=prompts, seeds=seeds, fps=size.fps, timings=timings)
 
     def reconstruct(self, reference: str | Path, prompt: str = "", **how: object) -> Generated:
         """A video of what a reference video shows, as its embeddings tell it (paper, figure 4).
