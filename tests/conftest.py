@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -29,6 +30,28 @@ sys.path[:0] = [str(Path(__file__).parent)]  # for helpers beside the tests
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ray reads these once, when it is imported.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`: files that run on the session's Ray stay in one process, which has the only one.
+
+    (Its own `--dist loadgroup` does nothing under this pytest, whose ids cannot be changed.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    asks = re.compile(r"\b(cluster: Cluster|connection: None|[rR]un: Run|curate: Curate)\b")
+
+    class ByRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            if file not in found:
+                on_ray = asks.search((REPOSITORY / file).read_text(encoding="utf-8"))
+                found[file] = "ray" if on_ray else file
+            return found[file]
+
+    found: dict[str, str] = {}
+    return ByRay(config, log)
 
 
 @pytest.fixture(autouse=True)
