@@ -67,6 +67,7 @@ def test_a_killed_run_goes_on_bit_for_bit(small: None, spans: Path, tmp_path: Pa
         metrics = tmp_path / "killed" / stage
         while process.poll() is None and len(tracking.read(metrics)) < line:
             time.sleep(0.01)
+        assert process.poll() is None, "it had ended before it was killed"
         process.kill()
         process.wait()
     done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True)
