@@ -100,7 +100,8 @@ def main() -> int:
         recipe.check()
         dst, listing = sources_of(args)
         create(dst, recipe.name)
-        command.err.print(f"{len(listing.sources)} sources to {dst}", highlight=False)
+        told = f"{len(listing.sources)} sources to {dst}"
+        command.err.print(told, highlight=False, soft_wrap=True)
         with cli.Watcher() as watch:
             result = Curation(
                 dst,
