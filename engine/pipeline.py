@@ -8,7 +8,9 @@ import pickle
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +36,41 @@ _LOST_WORKER = (
 )
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A unit that has no outcome: workers die on it again and again, though it is alone."""
+
+    unit: Any
+
+
+def settled(units: Sequence[Any], job: Any, **options: Any) -> Iterator[Any]:
+    """As `outcomes`, until every unit has an outcome or is `Lost`.
+
+    Ray says that a worker was lost, not on what: what is left comes again in halves.
+
+    Args:
+        units: What to do; can be hashed. An outcome names its own as `unit`.
+        job: What they share.
+        options: See `outcomes`.
+    """
+    waves = deque([list(units)] if units else [])
+    while waves:
+        wave = waves.popleft()
+        left = dict.fromkeys(wave)
+        for outcome in outcomes(list(wave), job, **options):
+            if outcome is None:
+                yield None
+            elif outcome.unit in left:  # a unit that was tried again may come twice
+                del left[outcome.unit]
+                yield outcome
+        lost = list(left)
+        if len(wave) == 1:
+            yield from map(Lost, lost)
+        elif lost:
+            half = -(-len(lost) // 2)
+            waves += [part for part in (lost[:half], lost[half:]) if part]
+
+
 def outcomes(
     units: Sequence[Any],
     job: Any,
@@ -41,6 +78,7 @@ def outcomes(
     actor: Callable[[Any], Any] = Reader,
     workers: int | None,
     share: float,
+    num_gpus: float = 0.0,
     wait_s: float,
 ) -> Iterator[Any]:
     """Outcomes as they come, and None whenever none came for `wait_s`.
@@ -52,8 +90,9 @@ def outcomes(
         units: What to do.
         job: What they share.
         actor: Made with the job; does units.
-        workers: Actors that read; None is one a core of the cluster.
+        workers: Actors; None is one a core of the cluster.
         share: Of a core, what each asks Ray for: less than 1 where others work beside them.
+        num_gpus: What each asks for, too; may be a share of one.
         wait_s: In seconds.
 
     Raises:
@@ -63,7 +102,7 @@ def outcomes(
         return
     began, silent = time.monotonic(), True
     found: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    pipeline = functools.partial(_pipeline, units, job, actor, workers, share)
+    pipeline = functools.partial(_pipeline, units, job, actor, workers, share, num_gpus)
     threading.Thread(target=_feed, args=(pipeline, found), daemon=True).start()
     while True:
         try:
@@ -106,6 +145,7 @@ def _pipeline(
     actor: Callable[[Any], Any],
     workers: int | None,
     share: float,
+    num_gpus: float,
 ) -> ray.data.Dataset:
     cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
     size = min(len(units), workers or cores)
@@ -119,6 +159,7 @@ def _pipeline(
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=share,
+        num_gpus=num_gpus,
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=size, initial_size=size, max_tasks_in_flight_per_actor=2
         ),

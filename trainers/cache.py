@@ -12,17 +12,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
-import queue
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,9 +47,6 @@ from trainers.features import (
 )
 from trainers.filler import Filler, FillJob, FillOutcome, Unit
 from trainers.system import Data, Encoder
-
-if TYPE_CHECKING:  # training reads a cache without Ray
-    import ray.data
 
 __all__ = [
     "Cache",
@@ -271,21 +264,26 @@ class _Filling:
             share = max(e.num_gpus for e in needed)
         most, share = (int(gpus / share), share) if gpus and share else (int(cluster["CPU"]), 0.0)
         limits = [most, self.workers, *(e.copies for e in needed)]
-        return max(1, min(n for n in limits if n is not None)), {
-            "num_cpus": 1.0,
-            "num_gpus": share,
-        }
+        return max(1, min(n for n in limits if n is not None)), {"share": 1.0, "num_gpus": share}
 
     def _commit_all(
         self, units: Sequence[Unit], job: FillJob, actors: int, options: dict[str, float]
     ) -> list[Unit]:
         """Runs units until they are through or workers are lost, committing; gives those left."""
+        from engine.pipeline import outcomes  # training reads a cache without Ray
+
         left = dict.fromkeys(units)
         waiting: list[FragmentMetadata] = []
         committed_at = time.monotonic()
-        pipeline = partial(_pipeline, units, job, actors, options)
         try:
-            for outcome in _outcomes(pipeline, min(1.0, self.commit_every_s)):
+            for outcome in outcomes(
+                units,
+                job,
+                actor=Filler,
+                workers=actors,
+                wait_s=min(1.0, self.commit_every_s),
+                **options,
+            ):
                 if outcome is not None and outcome.unit in left:
                     _raise(outcome)
                     del left[outcome.unit]
@@ -347,68 +345,3 @@ def _raise(outcome: FillOutcome) -> None:
         raise Unloadable(outcome.unloadable)
     if outcome.unwritable:
         raise OSError(outcome.unwritable)
-
-
-def _outcomes(
-    pipeline: Callable[[], ray.data.Dataset], wait_s: float
-) -> Iterator[FillOutcome | None]:
-    """Outcomes as they come, and None whenever none came for a while; ends early at a loss."""
-    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def feed() -> None:
-        try:
-            for row in pipeline().iter_rows():
-                found.put(pickle.loads(row["outcome"]))
-            found.put(StopIteration())
-        except BaseException as error:  # noqa: BLE001 - the driver's thread raises it
-            found.put(error)
-
-    threading.Thread(target=feed, name="features", daemon=True).start()
-    while True:
-        try:
-            item = found.get(timeout=wait_s)
-        except queue.Empty:
-            yield None
-            continue
-        if isinstance(item, StopIteration):
-            return
-        if _is_loss(item):
-            _log.warning("a worker was lost: %s", str(item).splitlines()[0])
-            return
-        if isinstance(item, BaseException):
-            raise item
-        yield item
-
-
-def _is_loss(item: object) -> bool:
-    """Whether an error says that a worker or what it held is gone."""
-    from ray import exceptions
-
-    lost = (
-        exceptions.RayActorError,
-        exceptions.WorkerCrashedError,
-        exceptions.OutOfMemoryError,
-        exceptions.ObjectLostError,
-        exceptions.NodeDiedError,
-    )
-    return isinstance(item, lost)
-
-
-def _pipeline(
-    units: Sequence[Unit], job: FillJob, actors: int, options: dict[str, float]
-) -> ray.data.Dataset:
-    import ray.data
-
-    blocks = [pa.table({"kind": [unit.kind], "number": [unit.number]}) for unit in units]
-    return ray.data.from_arrow(blocks).map_batches(
-        Filler,
-        fn_constructor_args=(job,),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=actors, initial_size=actors, max_tasks_in_flight_per_actor=2
-        ),
-        max_restarts=-1,
-        max_task_retries=_DEATHS_ALLOWED,
-        **options,
-    )

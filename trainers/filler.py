@@ -101,8 +101,8 @@ class Filler:
         self._kind: _Kind | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Columns `kind` and `number` in, a column `outcome` out, pickled by this very program."""
-        asked = [Unit(**row) for row in batch.to_pylist()]
+        """A column `unit` in, a column `outcome` out, both pickled by this very program."""
+        asked = [pickle.loads(unit) for unit in batch["unit"].to_pylist()]
         return pa.table({"outcome": [pickle.dumps(self.do(unit)) for unit in asked]})
 
     def do(self, unit: Unit) -> FillOutcome:
