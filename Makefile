@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint bench system-deps clean
+.PHONY: help setup demo test lint bench vbench-env system-deps clean
 
 # "3.11.7 /usr/bin/python3.11" of the first interpreter that runs and is new enough. Its base
 # executable, so that a virtual environment which happens to be active does not become the base of ours.
@@ -18,6 +18,9 @@ VENV_PYTHON := .venv/bin/python
 CREATED := .venv/.created-$(PYTHON_VERSION)
 DEMO := .venv/.has-demo
 ALL := .venv/.has-all
+VBENCH_PYTHON := .venv-vbench/bin/python
+# Of the pins it was built from: other pins build another.
+VBENCH := .venv-vbench/.has-$(shell sha256sum evals/vbench-env.txt 2>/dev/null | cut -c 1-12)
 
 help: ## print this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1@\2/p' Makefile | \
@@ -40,6 +43,11 @@ lint: $(ALL) ## check style and format with ruff
 bench: $(ALL) ## measure speed and memory, and write the table of figures
 	@$(VENV_PYTHON) tests/bench.py $(ARGS)
 
+# What `scene` and, with detectron2, object_class, multiple_objects, color and spatial_relationship
+# are measured in. Where github.com cannot be reached: make vbench-env DETECTRON2=/path/to/checkout
+vbench-env: $(VBENCH) ## build .venv-vbench, VBench's own environment, for dimensions that need it
+	@$(VBENCH_PYTHON) -m evals.environments $(if $(DETECTRON2),"$(DETECTRON2)")
+
 # Debian splits python3-venv off from python3: nothing can be set up without it.
 system-deps: ## install the Debian packages that only tests need (ffmpeg), as root or with sudo
 	@missing=; \
@@ -58,8 +66,8 @@ system-deps: ## install the Debian packages that only tests need (ffmpeg), as ro
 	$$root apt-get update -qq && \
 	$$root env DEBIAN_FRONTEND=noninteractive $$install -qq >/dev/null
 
-clean: ## remove .venv, ./out and what tools cached
-	rm -rf .venv out build dist .pytest_cache .ruff_cache *.egg-info
+clean: ## remove .venv, .venv-vbench, ./out and what tools cached
+	rm -rf .venv .venv-vbench out build dist .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment in two sizes. The Python version is in a stamp's name, so another version starts
@@ -81,23 +89,52 @@ $(ALL): pyproject.toml constraints.txt $(CREATED)
 	@$(call install)
 	@touch $(DEMO) $@
 
+# The same Python as .venv, where there is one: Ray runs both. `--no-deps`: the pins are the whole
+# list, and leave out what vbench asks for and never imports.
+$(VBENCH): BASE = $(or $(wildcard $(VENV_PYTHON)),$(INTERPRETER))
+$(VBENCH):
+	@"$(BASE)" -c "$$CHECK_VBENCH_BASE"
+	@echo "vbench-env: building .venv-vbench (minutes, 7 GB; log in .venv-vbench/install.log)"
+	@"$(BASE)" -m venv --clear .venv-vbench
+	@$(VBENCH_PYTHON) -m pip install --disable-pip-version-check --no-input --no-deps \
+		-r evals/vbench-env.txt > .venv-vbench/install.log 2>&1 || \
+		{ tail -n 20 .venv-vbench/install.log >&2; exit 1; }
+	@touch $@
+
+define CHECK_VBENCH_BASE
+import shutil, sys
+if sys.version_info[:2] != (3, 11):
+    sys.exit("vbench-env: VBench's pins have no wheels for Python %d.%d: they need 3.11, in .venv too"
+        "; make clean, then make setup vbench-env PYTHON=python3.11" % sys.version_info[:2])
+free = shutil.disk_usage(".").free / 1e9
+if free < 10:
+    sys.exit(f"vbench-env: needs 10 GB of disk while it is built, and {free:.1f} GB are free")
+endef
+export CHECK_VBENCH_BASE
+
 # The dependencies only: our packages are imported from this folder, as on a cluster where the
 # project was never installed.
 define install
-$(VENV_PYTHON) -c "$$REQUIREMENTS" $(1) > .venv/requirements.txt && \
-{ $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input -c constraints.txt \
-	-r .venv/requirements.txt > .venv/install.log 2>&1 || { tail -n 20 .venv/install.log >&2; exit 1; }; } && \
+$(VENV_PYTHON) -c "$$REQUIREMENTS" $(1) && \
+{ { $(PIP_INSTALL) -c constraints.txt -r .venv/requirements.txt && \
+	{ [ ! -s .venv/without-dependencies.txt ] || \
+		$(PIP_INSTALL) -c constraints.txt --no-deps -r .venv/without-dependencies.txt; }; \
+	} > .venv/install.log 2>&1 || { tail -n 20 .venv/install.log >&2; exit 1; }; } && \
 $(VENV_PYTHON) -c "$$CHECK_CV2"
 endef
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input
 
-# The extras named as arguments, or all.
+# Of the extras named as arguments, or of all; what pip is to resolve, and what it would refuse to.
 define REQUIREMENTS
-import sys, tomllib
-with open("pyproject.toml", "rb") as file:
-    project = tomllib.load(file)["project"]
-extras = project["optional-dependencies"]
-names = sys.argv[1:] or extras
-print(*project["dependencies"], *(line for name in names for line in extras[name]), sep="\n")
+import pathlib, sys, tomllib
+whole = tomllib.loads(pathlib.Path("pyproject.toml").read_text(encoding="utf-8"))
+extras = whole["project"]["optional-dependencies"]
+alone = whole.get("tool", {}).get("reelwright", {}).get("without-dependencies", {})
+def write(path, lines, found):
+    lines += [line for name in sys.argv[1:] or found for line in found.get(name, [])]
+    pathlib.Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+write(".venv/requirements.txt", whole["project"]["dependencies"], extras)
+write(".venv/without-dependencies.txt", [], alone)
 endef
 export REQUIREMENTS
 

@@ -203,6 +203,69 @@ FEATURES = pa.schema(
     ]
 )
 
+GENERATIONS = pa.schema(
+    [
+        field("generation_id", _text, "uuid5 of model, checkpoint, text, seed and settings"),
+        field("model", _text, "name that its user gave the model"),
+        field("model_kind", _text, "export, diffusers, served or folder"),
+        field("checkpoint", _text, "fingerprint of the weights; null for videos made elsewhere"),
+        field("prompt", _text, "short prompt: what text metrics read"),
+        field("text", _text, "what the model was given: an enhanced prompt, or the prompt"),
+        field("sample", pa.int32(), "number among the videos of this prompt, from 0"),
+        field("seed", pa.int64(), "of the noise; null where it is not known"),
+        field("settings", _text, "steps, guidance, size …, as JSON"),
+        field("num_frames", pa.int64(), "frames in the video"),
+        field("fps", _real, "frame rate", unit="frames/s"),
+        field("width_px", pa.int32(), "as shown", unit="px"),
+        field("height_px", pa.int32(), "as shown", unit="px"),
+        field("duration_s", _real, "num_frames / fps", unit="s"),
+        field("size_bytes", pa.int64(), "of the file", unit="bytes"),
+        field("sha256", _text, "of the file"),
+        field("rephrased", _text, "what the model's own LLM made of the text"),
+        field("notes", _text, "what did not go as asked, as a JSON list"),
+        field("timings", _text, "seconds of what was done, as JSON"),
+        field("source_uri", _text, "file it was imported from; null where it was made here"),
+        lance.blob_field("mp4"),
+        field("error_type", _text, "exception class of a failure"),
+        field("error", _text, "what was wrong, for a person"),
+        field("error_transient", pa.bool_(), "it may pass: the next run tries again"),
+        field("created_at", pa.timestamp("us", "UTC"), "when it was stored"),
+        field("run_id", _text, "run that wrote this row"),
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        field("score_id", _text, "uuid5 of video, dimension, segment, prompt and fingerprint"),
+        field("generation_id", _text, "video that it is of"),
+        field("model", _text, "model of that video"),
+        field("prompt", _text, "short prompt of that video"),
+        field("sample", pa.int32(), "number among the videos of this prompt, from 0"),
+        field("video_sha256", _text, "of the file that was measured"),
+        field("dimension", _text, "what was measured"),
+        field("segment", _text, "frames START:STOP of the video; null is all"),
+        field("implementation", _text, "vbench (the package) or native"),
+        field("score", _real, "raw_score on VBench's scale, about 0 to 1"),
+        field("raw_score", _real, "in the dimension's own unit"),
+        field("raw_unit", _text, "that unit"),
+        field("normalised_score", _real, "between the leaderboard's bounds of the dimension"),
+        field("constants", _text, "version of those bounds"),
+        field("frame_scores", pa.list_(_real), "raw, one a frame; null for a frame without one"),
+        field("num_frames", pa.int64(), "frames that were measured"),
+        field("details", _text, "as JSON: what merging videos needs, as the package gives it"),
+        field("fingerprint", _text, "of the metric: weights, versions, parameters"),
+        field("vbench_version", _text, "of the package; null where it had no part"),
+        field("weights", _text, "hash of each file of weights, as JSON"),
+        field("environment", _text, "versions of libraries, device and precision, as JSON"),
+        field("seconds", _real, "that measuring took, its share of what is shared", unit="s"),
+        field("error_type", _text, "exception class of a failure"),
+        field("error", _text, "what was wrong, for a person"),
+        field("error_transient", pa.bool_(), "it may pass: the next run tries again"),
+        field("created_at", pa.timestamp("us", "UTC"), "when it was stored"),
+        field("run_id", _text, "run that wrote this row"),
+    ]
+)
+
 RUNS = pa.schema(
     [
         field("run_id", _text, "uuid of the run"),
@@ -231,5 +294,7 @@ TABLES: dict[str, pa.Schema] = {
     "pairs": PAIRS,
     "cuts": CUTS,
     "features": FEATURES,
+    "generations": GENERATIONS,
+    "scores": SCORES,
     "runs": RUNS,
 }

@@ -44,10 +44,12 @@ KEPT_VERSIONS = 64
 """Versions of a table that stay readable behind the newest (a tag keeps one for good)."""
 KEYS = {"clips": "clip_id", "pairs": "pair_id"}
 """The column that names a row, of tables whose rows are measured and judged."""
-ROWS_PER_FRAGMENT = {"keyframes": 8_192, "cuts": 1_024, "features": 8_192}
+ROWS_PER_FRAGMENT = {
+    "keyframes": 8_192, "cuts": 1_024, "features": 8_192, "generations": 1_024, "scores": 16_384
+}  # fmt: skip
 """Rows of a full fragment where rows are large; `_FULL` elsewhere."""
 _FULL = 131_072
-ROWS_PER_READ = {"keyframes": 256, "cuts": 8, "features": 8}
+ROWS_PER_READ = {"keyframes": 256, "cuts": 8, "features": 8, "generations": 8}
 """Rows that a compaction holds at a time where rows are large; `_READ` elsewhere."""
 _READ = 8_192
 _DATA_TABLES = ("keyframes", "clips", "sources")  # in the order in which a unit commits them

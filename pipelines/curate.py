@@ -9,6 +9,7 @@ after an interruption, to pick up new and changed files, or to apply other thres
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -25,13 +26,13 @@ import tyro
 from engine import command
 from engine.curation import Curation, Cutting, Options, Result
 from engine.gauge import Unloadable
+from engine.provenance import provenance
 from engine.session import connected
 from engine.sources import Listing, list_sources
 from engine.tables import DatasetError, LeaseLost, create
 from pipelines import cli
 from pipelines.flags import ModelFlags
 from pipelines.recipes import Recipe
-from pipelines.versions import provenance
 
 DEMO_DST = "out/demo"
 POSITIVE = (
@@ -113,7 +114,7 @@ def main() -> int:
                 options=options(args),
                 connect=lambda: connected(args.workers),
                 watch=watch,
-                about=provenance(recipe, args.src),
+                about=provenance(json.dumps(recipe.describe()), args.src),
             ).run(listing)
     except (DatasetError, ValueError) as error:
         command.fail(str(error))

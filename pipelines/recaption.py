@@ -10,6 +10,7 @@ command again to go on, or to try again what failed for a reason that may pass.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ import tyro
 from engine import command, storage
 from engine.curation import Curation, Options, Result
 from engine.gauge import Unloadable
+from engine.provenance import provenance
 from engine.session import connected
 from engine.sources import Listing, list_sources
 from engine.tables import DatasetError, LeaseLost, create, identity
@@ -33,7 +35,6 @@ from pipelines import cli
 from pipelines.curate import exit_code
 from pipelines.flags import ModelFlags
 from pipelines.recipes import WITH_MODELS, Recipe
-from pipelines.versions import provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def main() -> int:
                 ),
                 connect=lambda: connected(args.workers),
                 watch=watch,
-                about=provenance(recipe, args.src),
+                about=provenance(json.dumps(recipe.describe()), args.src),
             )
             result = curation.run(listing)
     except (DatasetError, ValueError) as error:

@@ -466,6 +466,13 @@ def bench_windows(work: Path) -> list[Line]:
     return [Line(*figure) for figure in windows()]
 
 
+def bench_vbench(work: Path) -> list[Line]:
+    """Five of VBench's dimensions, here and by the package."""
+    from bench_vbench import vbench
+
+    return [Line(*figure) for figure in vbench(work)]
+
+
 BENCHES: dict[str, Callable[[Path], list[Line]]] = {
     "decode": bench_decode,
     "cores": bench_cores,
@@ -482,6 +489,7 @@ BENCHES: dict[str, Callable[[Path], list[Line]]] = {
     "prefix": bench_prefix,
     "conditioning": bench_conditioning,
     "windows": bench_windows,
+    "vbench": bench_vbench,
 }
 
 

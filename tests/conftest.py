@@ -134,11 +134,8 @@ def cluster() -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="rw", dir="/tmp")  # short: it holds sockets
     repository, home = Path(folder, "repository"), Path(folder, "home")
     home.mkdir()
-    for name in (
-        "engine",
-        "pipelines",
-        "trainers",
-    ):  # as it lies on a cluster's machines, not installed
+    # as it lies on a cluster's machines, not installed
+    for name in ("engine", "pipelines", "trainers", "evals"):
         shutil.copytree(
             REPOSITORY / name, repository / name, ignore=shutil.ignore_patterns("__pycache__")
         )

@@ -9,18 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipes import Recipe
-
 DISTRIBUTIONS = (
     "ray pylance pyarrow av opencv-python scenedetect decord rapidocr onnxruntime"
-    " torch torchvision transformers open-clip-torch"
+    " torch torchvision transformers diffusers open-clip-torch openai-clip timm pyiqa vbench"
 ).split()
 
 
-def provenance(recipe: Recipe, src: Sequence[str]) -> dict[str, Any]:
-    """Columns of the `runs` table: the resolved recipe, library versions, git commit, what for."""
+def provenance(resolved: str, src: Sequence[str]) -> dict[str, Any]:
+    """Columns of the `runs` table: what was asked for, library versions, git commit, what for.
+
+    Args:
+        resolved: The whole recipe, as JSON.
+        src: What it was run on.
+    """
     return {
-        "resolved": json.dumps(recipe.describe()),
+        "resolved": resolved,
         "versions": json.dumps({name: _version(name) for name in DISTRIBUTIONS}),
         "git_commit": _git_commit(),
         "src": json.dumps(list(src)),

@@ -1,0 +1,1 @@
+"""Generates videos with trained models, scores them with VBench, measures drift, prints tables."""
