@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,12 @@ def make_missing(folder: Path, builders: Mapping[str, Callable[[Path], object]])
         if not (folder / name).exists():
             made = folder / f".{os.getpid()}-{name}"
             build(made)
-            made.rename(folder / name)
+            try:
+                made.rename(folder / name)
+            except OSError:
+                if not (folder / name).exists():
+                    raise
+                shutil.rmtree(made)  # another process was first
 
 
 def digest(path: Path) -> str:

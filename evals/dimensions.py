@@ -22,7 +22,8 @@ class Dimension:
     scale: float = 1.0
     """score = raw score * scale: about 0 to 1, as VBench reports the mean."""
     implementations: tuple[str, ...] = ("vbench",)
-    """Of `evals.metrics`; the first is used unless another is asked for."""
+    """`vbench` (the package), `native` (ours), or a `Metric` by module and class; the first is used
+    unless another is asked for."""
     group: str
     """Dimensions that the package measures with the same models."""
     environment: Literal["here", "pinned", "detectron2"] = "here"
@@ -219,7 +220,7 @@ DIMENSIONS = {
             title="Static",
             kind="other",
             unit="static (0 or 1)",
-            implementations=("static",),
+            implementations=("evals.static:StaticFilter",),
             group="static",
             min_frames=2,
             about="VBench's static filter (RAFT): which videos temporal flickering is measured on",

@@ -11,7 +11,7 @@ import json
 import re
 import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ FPS = {
 }
 """Frames a second that videos are shown at, by the examples in diffusers' documentation. Later
 checkpoints of a class may differ (CogVideoX 1.5 has 16, Wan 2.2 5B 24): the setting `fps`."""
+Run = Callable[[Asked, Mapping[str, Any]], Made]
 _CALLED = {
     "steps": ("num_inference_steps",),
     "frames": ("num_frames", "video_length", "frames"),
@@ -58,6 +59,12 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 def load(model: Model, device: str) -> Make:
     """See `Model.load`."""
+    run = loaded(model, device)
+    return lambda asked: [run(one, model.settings) for one in asked]
+
+
+def loaded(model: Model, device: str) -> Run:
+    """What makes a video of a text, a seed and settings, on `device`."""
     if model.kind == "export":
         return _export(model, device)
     if model.kind == "diffusers":
@@ -65,18 +72,18 @@ def load(model: Model, device: str) -> Make:
     assert model.kind == "served", "a folder of videos makes none"
     from evals.served import Endpoint
 
-    endpoint = Endpoint(model.at)
-    return lambda asked: [endpoint.ask(one, model.settings) for one in asked]
+    return Endpoint(model.at).ask
 
 
-def _export(model: Model, device: str) -> Make:
+def _export(model: Model, device: str) -> Run:
     from trainers.generation import load_pipeline
 
-    settings = dict(model.settings)
-    pipe = load_pipeline(Path(model.at), device=device, precision=settings.pop("precision", None))
+    precision = model.settings.get("precision")
+    pipe = load_pipeline(Path(model.at), device=device, precision=precision)
 
-    def made(asked: Asked) -> Made:
-        one = pipe(asked.text, seed=asked.seed, **settings)
+    def run(asked: Asked, settings: Mapping[str, Any]) -> Made:
+        how = {name: value for name, value in settings.items() if name != "precision"}
+        one = pipe(asked.text, seed=asked.seed, **how)
         return Made(
             frames=one.video,
             fps=one.fps,
@@ -85,7 +92,7 @@ def _export(model: Model, device: str) -> Make:
             timings=one.timings,
         )
 
-    return lambda asked: [made(one) for one in asked]
+    return run
 
 
 def settings_of_export(system: str) -> dict[str, Setting]:
@@ -116,13 +123,11 @@ def _setting(hint: Any, default: Any) -> Setting:
     return Setting(str, default)
 
 
-def _diffusers(model: Model, device: str) -> Make:
+def _diffusers(model: Model, device: str) -> Run:
     import torch
     from diffusers import DiffusionPipeline
 
-    settings = dict(model.settings)
-    fps = settings["fps"]
-    precision = settings.pop("precision", "bf16" if device == "cuda" else "fp32")
+    precision = model.settings.get("precision") or ("bf16" if device == "cuda" else "fp32")
     dtypes = {"default": torch.bfloat16 if precision == "bf16" else torch.float32}
     index = json.loads((Path(model.at) / "model_index.json").read_text(encoding="utf-8"))
     if "AutoencoderKLWan" in (index.get("vae") or ()):
@@ -132,22 +137,24 @@ def _diffusers(model: Model, device: str) -> Make:
     ).to(device)
     pipe.set_progress_bar_config(disable=True)
     parameters = inspect.signature(pipe.__call__).parameters
-    arguments = {_called(name, parameters): value for name, value in settings.items()}
-    arguments = {name: value for name, value in arguments.items() if name in parameters}
 
-    def made(asked: Asked) -> Made:
+    def run(asked: Asked, settings: Mapping[str, Any]) -> Made:
+        arguments = {_called(name, parameters): value for name, value in settings.items()}
         began = time.perf_counter()
         with torch.no_grad():
             found = pipe(
                 prompt=asked.text,
                 generator=torch.Generator("cpu").manual_seed(asked.seed),
                 output_type="np",
-                **arguments,
+                **{name: value for name, value in arguments.items() if name in parameters},
             )
-        frames = _bytes_of(np.asarray(found.frames[0]))
-        return Made(frames=frames, fps=fps, timings={"pipeline_s": time.perf_counter() - began})
+        return Made(
+            frames=_bytes_of(np.asarray(found.frames[0])),
+            fps=settings["fps"],
+            timings={"pipeline_s": time.perf_counter() - began},
+        )
 
-    return lambda asked: [made(one) for one in asked]
+    return run
 
 
 def _bytes_of(video_FHW3: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
@@ -10,8 +12,8 @@ from evals.dimensions import DIMENSIONS
 from evals.metric import Metric
 
 Implementation = Literal["default", "vbench"]
-_LAST = ("native",)
-"""What is quick comes last: a run then ends with all its actors busy."""
+_CLASSES = {"vbench": "evals.package:Package", "native": "evals.native:Native"}
+"""What `Dimension.implementations` names; any other metric is there by its module and class."""
 
 
 def choose(
@@ -37,26 +39,23 @@ def choose(
         of = dimension.implementations
         chosen = implementation if implementation in of else of[0]
         grouped[chosen, "" if chosen == "native" else dimension.group].append(name)
-    order = sorted(grouped, key=lambda key: key[0] in _LAST)
+    # detectors take longest by far, and our own the least: a run ends with all its actors busy
+    order = sorted(grouped, key=lambda key: (key[0] == "native", not _is_apart(grouped[key])))
     return [
         _made(kind, tuple(grouped[kind, group]), cache, python, device) for kind, group in order
     ]
 
 
+def _is_apart(dimensions: Sequence[str]) -> bool:
+    """Whether the package measures some of these in an environment of its own."""
+    return any(DIMENSIONS[name].environment != "here" for name in dimensions)
+
+
 def _made(
     kind: str, dimensions: tuple[str, ...], cache: str, python: str | None, device: str | None
 ) -> Metric:
-    if kind == "native":
-        from evals.native import Native
-
-        return Native(dimensions=dimensions, cache=cache, device=device)
-    if kind == "static":
-        from evals.static import StaticFilter
-
-        return StaticFilter(dimensions=dimensions, cache=cache, device=device)
-    from evals.package import Package
-
-    needs = any(DIMENSIONS[name].environment != "here" for name in dimensions)
-    return Package(
-        dimensions=dimensions, cache=cache, device=device, python=python if needs else None
-    )
+    module, name = _CLASSES.get(kind, kind).split(":")
+    metric: type[Metric] = getattr(importlib.import_module(module), name)
+    given = {"cache": cache, "device": device, "python": python if _is_apart(dimensions) else None}
+    known = {field.name for field in dataclasses.fields(metric)}
+    return metric(dimensions=dimensions, **{n: v for n, v in given.items() if n in known})

@@ -17,7 +17,7 @@ from evals import cache as caches
 from evals.metric import NO_OBJECT, Metric
 from evals.vbench_worker import VERSION, VBenchWorker
 
-_TRANSIENT = ("OutOfMemoryError",)
+_TRANSIENT = ("OutOfMemoryError", "WorkerDied")
 _START_S = 300.0
 
 _loaded: dict[Package, dict[str, Any]] = {}

@@ -86,6 +86,7 @@ def curve_of(cell: Cell, fps: float, *, num_points: int = 20) -> Curve:
         ValueError: No video has frame scores.
     """
     videos = [v.frame_scores for v in cell.values if v.frame_scores]
+    videos = [found for found in videos if any(score is not None for score in found)]
     if not videos:
         raise ValueError(f"{cell.column} of {cell.model} has no frame scores, so no curve of them")
     scores_VF = np.full((len(videos), max(map(len, videos))), np.nan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -30,6 +31,9 @@ from evals.suites import Prompt, Suite
 
 DATASET = "evaluation"
 """Recipe of a dataset that is made for evaluations; any other dataset may hold them as well."""
+LINES = 20
+"""About a folder's files, at most."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +182,12 @@ class _Running:
         others = [m for m in request.models if m.kind != "folder"]
         found: dict[str, Any] = {}
         for model in folders:
-            found[model.name] = importing.import_folder(model, request.suite, **how)
+            counts = importing.import_folder(model, request.suite, **how)
+            for line in counts.lines[:LINES]:
+                _log.warning("%s: %s", model.name, line)
+            if len(counts.lines) > LINES:
+                _log.warning("%s: and %d more such lines", model.name, len(counts.lines) - LINES)
+            found[model.name] = counts
         if others:
             found |= generating.generate(others, request.suite, seed=request.seed, **how)
         return found

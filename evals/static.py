@@ -48,6 +48,7 @@ class StaticFilter(Metric):
     """As torch names it; None is a GPU where this process has one."""
 
     batch_size: int = resource(1)
+    num_gpus: float = resource(0.5)
 
     def check(self) -> None:
         """RAFT's weights are in the cache."""

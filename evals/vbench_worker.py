@@ -4,7 +4,7 @@ Another Python with other library versions runs this too (VBench's own environme
 nothing but the standard library at its top, nothing of this project at all, and what it takes and
 gives is JSON. The functions of the package are called that take loaded models (`compute_*` loads
 them again on every call). In the package nothing is changed for good: what a call replaces (a
-frame loader, to count frames) it puts back.
+frame loader, to count frames) it puts back. It is one long module since it travels alone.
 """
 
 from __future__ import annotations
@@ -328,9 +328,8 @@ class VBenchWorker:
         except Exception as error:  # noqa: BLE001 - whatever a video makes the package raise
             return _failure(error)
 
-    # -- loading, as compute_* of each dimension does it
-
     def _load(self, dimension: str) -> Score:
+        """As `compute_*` of the dimension does it; `_load_*` are its lines before the scoring."""
         module = package(dimension)
         self._loaders[dimension] = [(module, "load_video")]
         known = package("utils").init_submodules([dimension], local=True)[dimension]
@@ -488,10 +487,9 @@ class VBenchWorker:
     def _told(self, of: Callable[..., Any], model: Any) -> Score:
         return lambda *given: of(model, _entries(*given), self.device)[1]
 
-    # -- what is watched, and replaced, while the package scores
-
     @contextlib.contextmanager
     def _watched(self, dimension: str, span: Span | None) -> Iterator[None]:
+        """While the package scores a video: its frames are counted, and limited to the span."""
         least = _LEAST.get(dimension, 1)
         module = package(dimension)
         with contextlib.ExitStack() as stack:

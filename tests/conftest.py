@@ -430,6 +430,14 @@ def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session")
+def tiny_cache(tiny_home: Path) -> Path:
+    """A folder with small random weights, as VBench looks for them."""
+    from evals.tiny_weights import default_folder, make_vbench_cache
+
+    return make_vbench_cache(default_folder())
+
+
 @pytest.fixture(scope="module")
 def small(tiny_home: Path) -> Iterator[None]:
     """The small checkpoints of training; threads would only wait for each other on them."""

@@ -2,25 +2,33 @@
 
 import dataclasses
 import json
+import os
+import pickle
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+import torch
+from conftest import REPOSITORY, Cluster
+from training import Trained
 
-from engine.tables import read
-from evals import scoring
+from engine.tables import DatasetError, read
 from evals.dimensions import DIMENSIONS
 from evals.evaluation import Results
 from evals.merge import merge
+from evals.metrics import choose
 from evals.models import parse
 from evals.package import Package
 from evals.recipes import recipe
 from evals.running import Request, run
 from evals.suites import Prompt, Suite
-from evals.tiny_weights import make_vbench_cache
+from trainers.recipes import recipe as train_recipe
+from trainers.recipes import with_settings
 from trainers.videos import write_mp4
 
 pytestmark = pytest.mark.slow
@@ -40,11 +48,6 @@ def video(seed: int, num_frames: int = 9, size: int = 96) -> np.ndarray:
         np.roll(small, 3 * t, 1).astype(float) + grain[t] * (2 + 2 * t) for t in range(num_frames)
     ]
     return np.clip(frames, 0, 255).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def tiny_cache(tiny_home: Path) -> Path:
-    return make_vbench_cache(tiny_home / "reelwright" / "tiny" / "vbench")
 
 
 @pytest.fixture(scope="module")
@@ -133,33 +136,228 @@ def same(root: Path, by_the_package: dict[str, list]) -> None:
         assert cell.is_complete and cell.num_videos == 4 and cell.num_prompts == 2
 
 
-def test_every_score_is_the_packages_after_a_stop_and_with_three_actors_too(
+def test_every_score_is_the_packages_after_a_kill_and_with_three_actors_too(
     connection: None,
     tiny_cache: Path,
     standard_videos: Path,
     by_the_package: dict[str, list],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    take = scoring._Scoring._take
-
-    def dying(self: scoring._Scoring, rows: object) -> None:
-        take(self, rows)
-        if self.counts.scored >= 2 * len(HERE):
-            raise KeyboardInterrupt
-
-    one = request(tiny_cache, standard_videos, tmp_path / "one", workers=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring._Scoring, "_take", dying)
-        with pytest.raises(KeyboardInterrupt):
-            run(one, connect=Ray)
-    stored = read(str(tmp_path / "one"), "scores").count_rows()
-    assert stored == 2 * len(HERE)
+    """Rows and aggregates, whatever became of the run that measured them."""
+    root, videos = tmp_path / "one", 2 * len(PROMPTS)
+    one = request(tiny_cache, standard_videos, root, workers=1)
+    stored = killed(one, tmp_path, lambda: counted(root, "scores") >= len(HERE))
+    assert stored and stored % len(HERE) == 0, "a video's scores are committed together"
     done = run(one, connect=Ray)
-    assert (done.scored.there, done.scored.scored) == (stored, 2 * len(HERE))
-    same(tmp_path / "one", by_the_package)
+    assert (done.scored.there, done.scored.scored) == (stored, videos * len(HERE) - stored)
+    same(root, by_the_package)
     three = request(tiny_cache, standard_videos, tmp_path / "three", workers=3)
     run(three, connect=Ray)
     same(tmp_path / "three", by_the_package)
     again = run(three, connect=lambda: pytest.fail("nothing is to do"))
-    assert (again.scored.there, again.scored.scored) == (4 * len(HERE), 0)
+    assert (again.scored.there, again.scored.scored) == (videos * len(HERE), 0)
+
+
+def killed(one: Request, folder: Path, when: Callable[[], bool]) -> int:
+    """Runs it in a process that is killed in the middle; gives how many scores were committed."""
+    asked = folder / "request"
+    asked.write_bytes(pickle.dumps(one))
+    script = """
+import pickle, sys
+from engine.session import connected
+from evals.running import run
+run(pickle.loads(open(sys.argv[1], "rb").read()), connect=connected)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script, asked], cwd=REPOSITORY)
+    while not when():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    return counted(Path(one.root), "scores")
+
+
+def counted(root: Path, table: str) -> int:
+    try:
+        return read(str(root), table).count_rows()
+    except DatasetError:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def exports(small: None, spans: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two models, hardly trained."""
+    made = []
+    for name, stage in (("tiny_mimir", "fuse"), ("tiny_base_ct", "latents")):
+        found = with_settings(train_recipe(name), [f"{stage}.steps=1"])
+        folder = tmp_path_factory.mktemp(name)
+        made.append(f"{name}={Trained.of(found, spans, folder).export}")
+    return made
+
+
+def evals(cluster: Cluster, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "evals", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=cluster.env | {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def test_two_exports_from_prompts_to_a_table(
+    cluster: Cluster, exports: list[str], tiny_cache: Path, tmp_path: Path
+) -> None:
+    """Generation, scores, drift and a table by the commands of the README, in three minutes."""
+    prompts, root, out = tmp_path / "prompts.txt", tmp_path / "evals", tmp_path / "tables"
+    prompts.write_text("a red car\na dog on a beach\na cup of coffee\nwaves break on rocks\n")
+    names = [one.split("=")[0] for one in exports]
+    chosen = "temporal_flickering subject_consistency imaging_quality text_alignment".split()
+    began = time.monotonic()
+    flags = ["--prompts", prompts, "--samples", 1, "--dst", root, "--dimensions", *chosen]
+    steps = ["--set", *(f"{name}.steps=2" for name in names)]
+    done = evals(
+        cluster, "run", "tiny_custom", "--models", *exports, *flags, *steps, "--out", out, "--json"
+    )
+    seconds = time.monotonic() - began
+    said = json.loads(done.stdout)
+    assert {n: c["generated"] for n, c in said["generated"].items()} == dict.fromkeys(names, 4)
+    assert said["scored"] == {"scored": 32, "failed": 0, "there": 0}
+    assert seconds < 180
+    rows = said["tables"]["plain"]["rows"]
+    assert [row["model"] for row in rows] == names
+    for suffix in ("md", "tex", "csv", "json", "png"):
+        assert (out / f"plain.{suffix}").stat().st_size > 100
+    assert "MEANINGLESS" in (out / "plain.md").read_text()
+
+    results = Results.read(str(root))
+    cells = {(c.model, c.column): c for c in results.cells() if c.category is None}
+    assert len(cells) == 2 * (len(chosen) + 1)  # with the drift of imaging quality
+    for (model, column), cell in cells.items():
+        assert cell.is_complete and cell.num_videos == 4, (model, column)
+        if not column.startswith("drift:"):
+            values = results.values(model, column)
+            details = [v.details for v in values if v.details is not None]
+            assert cell.value == merge(column, details)
+    head_tail = [
+        abs(v.frame_scores[-1] - v.frame_scores[0])  # 15 % of nine frames is one
+        for v in results.values(names[0], "imaging_quality")
+        if v.frame_scores
+    ]
+    assert cells[names[0], "drift:imaging_quality"].value == pytest.approx(np.mean(head_tail))
+
+    shown = evals(cluster, "table", root, "semanticgen_1", "--published", "--format", "csv").stdout
+    assert "SemanticGen" in shown and names[0] in shown
+    compared = json.loads(evals(cluster, "compare", root, *names, "--json").stdout)
+    assert compared["imaging_quality"]["num_videos"] == 4
+    drifts = json.loads(evals(cluster, "drift", root, "--json", "--out", tmp_path).stdout)
+    assert set(drifts["imaging_quality"]) == set(names)
+    written = evals(cluster, "videos", root, names[0], tmp_path / "files").stdout
+    assert written.startswith("4 videos")
+    assert sorted(p.name for p in (tmp_path / "files").iterdir())[0] == "a cup of coffee-0.mp4"
+    again = evals(cluster, "run", "tiny_custom", "--models", *exports, *flags, *steps, "--json")
+    assert json.loads(again.stdout)["scored"] == {"scored": 0, "failed": 0, "there": 32}
+
+
+def test_what_is_wrong_costs_a_row_each_or_is_said_in_a_line(
+    cluster: Cluster, tiny_cache: Path, tmp_path: Path
+) -> None:
+    """A corrupt, a one-frame, a missing and a misnamed video; the rest is scored."""
+    folder, prompts = tmp_path / "videos", tmp_path / "prompts.txt"
+    folder.mkdir()
+    prompts.write_text("good\ncorrupt\nstill\nmissing\n")
+    write_mp4(folder / "good-0.mp4", video(1), 8.0)
+    write_mp4(folder / "still-0.mp4", video(2)[:1], 8.0)
+    whole = (folder / "good-0.mp4").read_bytes()
+    (folder / "corrupt-0.mp4").write_bytes(whole[: len(whole) // 3])
+    (folder / "goood-0.mp4").write_bytes(whole)
+    dimensions = ("temporal_flickering", "aesthetic_quality", "motion_smoothness")
+    flags = ["--prompts", prompts, "--samples", 1, "--dimensions", *dimensions]
+    done = evals(
+        cluster, "run", "tiny_custom", "--models", f"a={folder}", *flags,
+        "--dst", tmp_path / "evals", "--json",
+    )  # fmt: skip
+    assert "goood-0.mp4" in done.stderr and "missing" in done.stderr
+    results = Results.read(str(tmp_path / "evals"))
+    errors = {name: {v.prompt: v.error for v in results.values("a", name)} for name in dimensions}
+    for name in dimensions:
+        assert errors[name]["good"] is None
+        assert errors[name]["missing"] == "there is no video"
+        assert "truncated" in errors[name]["corrupt"] or "damaged" in errors[name]["corrupt"]
+    assert errors["aesthetic_quality"]["still"] is None
+    assert "2 frames" in errors["temporal_flickering"]["still"]
+    assert "3 frames" in errors["motion_smoothness"]["still"]
+    cells = {c.column: c for c in results.cells() if c.category is None}
+    assert (cells["temporal_flickering"].num_videos, cells["temporal_flickering"].num_failed) == (
+        1, 3,
+    )  # fmt: skip
+    assert cells["temporal_flickering"].num_expected == 4
+
+
+def test_a_model_that_is_none_and_weights_that_are_others_are_one_line_each(
+    cluster: Cluster, tiny_cache: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    (tmp_path / "empty").mkdir()
+    flags = ["--prompts", prompts, "--dst", tmp_path / "evals"]
+
+    def line(*arguments: object) -> str:
+        said = evals(cluster, "run", *arguments, *flags, code=2).stderr.splitlines()
+        said = [x for x in said if not x.startswith("recipe tiny")]
+        assert len(said) == 1 and said[0].startswith("error: "), said
+        return said[0]
+
+    assert "empty" in line("tiny_custom", "--models", f"a={tmp_path / 'empty'}")
+    assert "nowhere" in line("tiny_custom", "--models", f"a={tmp_path / 'nowhere'}")
+    write_mp4(tmp_path / "empty" / "a cat-0.mp4", video(1), 8.0)
+    model = ["--models", f"a={tmp_path / 'empty'}"]
+    assert "no dimension beauty" in line("tiny_custom", *model, "--dimensions", "beauty")
+    assert "tiny_custom" in line("custom", *model, "--weights", tiny_cache)
+    others = tmp_path / "weights"
+    shutil.copytree(tiny_cache, others)
+    (others / "TINY").unlink()
+    told = line("custom", *model, "--weights", others, "--dimensions", "background_consistency")
+    assert "ViT-B-32.pt" in told and "40d365715913c9da" in told
+    shutil.rmtree(others / "clip_model")
+    told = line(
+        "custom", *model, "--weights", others,
+        "--dimensions", "background_consistency", "aesthetic_quality",
+    )  # fmt: skip
+    assert "ViT-B-32.pt" in told and "ViT-L-14.pt" in told and "wget" in told
+    assert not (tmp_path / "evals").exists()
+
+
+def test_flickering_is_measured_on_what_the_static_filter_leaves(
+    connection: None, tiny_cache: Path, tmp_path: Path
+) -> None:
+    """VBench's filter with a RAFT that sees no motion: the first five of six videos are kept."""
+    cache, folder = tmp_path / "weights", tmp_path / "videos"
+    shutil.copytree(tiny_cache, cache)
+    raft = cache / "raft_model" / "models" / "raft-things.pth"
+    torch.save({n: torch.zeros_like(t) for n, t in torch.load(raft).items()}, raft)
+    folder.mkdir()
+    for sample in range(6):
+        write_mp4(folder / f"a sign-{sample}.mp4", video(sample, 2), 8.0)
+    dimensions = ("temporal_flickering",)
+    prompt = Prompt(prompt="a sign", text="a sign", dimensions=(*dimensions, "static"), samples=6)
+    how = {"cache": str(cache), "device": "cpu"}
+    asked = Request(
+        root=str(tmp_path / "evals"),
+        recipe=dataclasses.replace(recipe("tiny_vbench"), dimensions=dimensions),
+        suite=Suite(name="one", source="this test", prompts=(prompt,)),
+        models=tuple(parse([f"a={folder}"])),
+        metrics=tuple(choose(dimensions, **how)),
+        static=choose(["static"], **how)[0],
+        workers=1,
+    )
+    done = run(asked, connect=Ray)
+    assert (done.scored.scored, done.scored.failed) == (5, 0)
+    results = Results.read(asked.root)
+    assert [v.sample for v in results.values("a", "temporal_flickering")] == [0, 1, 2, 3, 4]
+    (cell,) = results.cells()
+    assert (cell.num_videos, cell.num_expected) == (5, 5)
+    assert "filtered" in cell.notes and "unfiltered" not in cell.notes

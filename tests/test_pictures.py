@@ -229,8 +229,10 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
             drift_png(given, tmp_path / "none.png")
     with pytest.raises(ValueError, match="has no number to draw"):
         bars_png(table("mimir_1", [cell("a", "scene", 0.5)]), tmp_path / "none.png")
-    with pytest.raises(ValueError, match="no frame scores"):
-        curve_of(cell("a", "color", 0.5), 8.0)
+    empty = [Value(prompt="a", sample=0, categories=(), score=None, frame_scores=(None, None))]
+    for values in ([], empty):
+        with pytest.raises(ValueError, match="no frame scores"):
+            curve_of(cell("a", "color", 0.5, values=values), 8.0)
 
 
 def test_a_curve_is_the_mean_over_videos_with_its_slope() -> None:
