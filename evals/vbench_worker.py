@@ -162,7 +162,8 @@ class _Instead:
 def tiny_sizes(dimensions: list[str]) -> Iterator[None]:
     """While models are built of the sizes that `evals.tiny_weights` writes, in place of the real.
 
-    Three architectures have their size in the package's code and are replaced: ViCLIP, UMT, MUSIQ.
+    Architectures that have their size in the package's code are replaced: ViCLIP, UMT, MUSIQ and
+    Tag2Text.
     """
     with contextlib.ExitStack() as stack:
         if {"temporal_style", "overall_consistency"} & {*dimensions}:
@@ -173,6 +174,10 @@ def tiny_sizes(dimensions: list[str]) -> Iterator[None]:
             stack.enter_context(replaced(package("human_action"), "create_model", tiny_umt))
         if "imaging_quality" in dimensions:
             stack.enter_context(replaced(package("imaging_quality"), "MUSIQ", tiny_musiq))
+        if "scene" in dimensions:
+            from evals.tiny_scene import shrink
+
+            stack.enter_context(shrink())
         yield
 
 

@@ -27,6 +27,7 @@ from evals.package import Package
 from evals.recipes import recipe
 from evals.running import Request, run
 from evals.suites import Prompt, Suite
+from evals.vbench_worker import VBenchWorker
 from trainers.recipes import recipe as train_recipe
 from trainers.recipes import with_settings
 from trainers.videos import write_mp4
@@ -361,3 +362,40 @@ def test_flickering_is_measured_on_what_the_static_filter_leaves(
     (cell,) = results.cells()
     assert (cell.num_videos, cell.num_expected) == (5, 5)
     assert "filtered" in cell.notes and "unfiltered" not in cell.notes
+
+
+def test_long_videos_are_scored_in_clips_and_drift_from_start_to_end(
+    connection: None, tiny_cache: Path, tmp_path: Path
+) -> None:
+    """Two seconds of eight frames a second: frames 0 to 16, and 5 to 21 for the short rest."""
+    (tmp_path / "videos").mkdir()
+    path = tmp_path / "videos" / "a river-0.mp4"
+    write_mp4(path, video(3, 21), 8.0)
+    dimensions = ("subject_consistency", "motion_smoothness", "imaging_quality")
+    how = {"cache": str(tiny_cache), "device": "cpu"}
+    asked = Request(
+        root=str(tmp_path / "evals"),
+        recipe=dataclasses.replace(recipe("tiny_semanticgen_long"), dimensions=dimensions),
+        suite=Suite(
+            name="one",
+            source="this test",
+            prompts=(Prompt(prompt="a river", text="a river", dimensions=dimensions, samples=1),),
+        ),
+        models=tuple(parse([f"a={tmp_path / 'videos'}"])),
+        metrics=tuple(choose(dimensions, **how)),
+        workers=1,
+    )
+    done = run(asked, connect=Ray)
+    assert (done.scored.scored, done.scored.failed) == (5, 0)  # imaging quality: once, of all
+    results = Results.read(asked.root)
+    values = {c.column: c for c in results.cells()}
+    worker = VBenchWorker(list(dimensions), str(tiny_cache), "cpu", threads=1)
+    clips = ([0, 16], [5, 21])
+    for name, tolerance in zip(dimensions, (1e-6, 0, 1e-6), strict=True):
+        rows = [worker.score(name, str(path), "a river", None, clip)["row"] for clip in clips]
+        own = float(np.mean([r["video_results"] for r in rows])) * DIMENSIONS[name].scale
+        assert values[name].value == pytest.approx(own, abs=tolerance), name
+        assert "long_clip" in values[name].notes
+    whole = worker.score("imaging_quality", str(path), "a river")["frame_scores"]
+    contrast = abs(np.mean(whole[-3:]) - np.mean(whole[:3])) / 100
+    assert values["drift:imaging_quality"].value == pytest.approx(contrast, abs=1e-6)

@@ -177,7 +177,7 @@ def test_a_file_without_end(tmp_path: Path) -> None:
     """What takes too long is given up, and the next file is looked at."""
     fine, long = tmp_path / "fine.mp4", tmp_path / "long.mp4"
     fine.write_bytes(mp4(1))
-    long.write_bytes(encoded("mpeg4", "mp4", frames=6000))
+    long.write_bytes(encoded("mpeg4", "mp4", frames=1500))
     inspector = Inspector(time_limit_s=30.0)
     try:
         assert inspector.look(str(fine), str(tmp_path / "made")).num_frames == 4  # it has started

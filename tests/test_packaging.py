@@ -19,7 +19,9 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("engine", "pipelines", "trainers", "evals", "cluster")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WHOLE = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = WHOLE["project"]
+ALONE = WHOLE["tool"]["reelwright"]["without-dependencies"]
 PINS = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 TOP_LEVEL = {
     *PACKAGES,
@@ -118,6 +120,7 @@ def imported_modules(path: Path) -> set[str]:
 def test_every_import_is_a_declared_dependency() -> None:
     """What merely comes along with a dependency may go with its next version."""
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
+    declared |= {name for names in ALONE.values() for name in names}
     owners = importlib.metadata.packages_distributions()
     for package in (*PACKAGES, "tests"):
         for path in (ROOT / package).rglob("*.py"):
@@ -210,7 +213,7 @@ def small(tmp_path: Path) -> Path:
 @needs_make
 def test_make_alone_lists_the_targets() -> None:
     lines = make(ROOT).stdout.splitlines()
-    targets = ["help", "setup", "demo", "test", "lint", "bench", "system-deps", "clean"]
+    targets = ["help", "setup", "demo", "test", "lint", "bench", "vbench-env", "system-deps", "clean"]
     assert [line.split()[1] for line in lines] == targets
 
 
