@@ -311,16 +311,8 @@ def _diffusers(name: str, folder: Path) -> Model:
 def _served(name: str, url: str) -> Model:
     from evals.served import Endpoint
 
-    checkpoint, about, known = Endpoint(url).says()
-    return Model(
-        name=name,
-        kind="served",
-        at=url,
-        checkpoint=checkpoint or url,
-        about=about,
-        settings=_defaults(known),
-        known=known,
-    )
+    said = Endpoint(url).says()
+    return Model(name=name, kind="served", at=url, settings=_defaults(said["known"]), **said)
 
 
 def _defaults(known: Mapping[str, Setting]) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 These serve an export or a diffusers pipeline by Ray Serve, the first at http://127.0.0.1:8000.
 `POST URL` with the JSON `{"prompt": …, "seed": …}` and the model's settings answers the video as
 `video/mp4`, or as JSON with `video` (base64), `rephrased`, `notes` and `timings`. `GET URL` may say
-`checkpoint`, `model` and `settings` (names with their defaults) as JSON. Whatever speaks this can
+`checkpoint`, `model`, `settings` (names with their defaults) and `notes` as JSON. Whatever speaks this can
 be evaluated.
 """
 
@@ -68,8 +68,9 @@ class Endpoint:
             )
         self.url = url
 
-    def says(self) -> tuple[str | None, str, dict[str, Setting]]:
-        """What it says of itself: checkpoint, model, settings; any of them may be unknown.
+    def says(self) -> dict[str, Any]:
+        """What it says of itself, as `Model` has it; where it says nothing, that it may be told
+        anything, and that its URL stands for its weights.
 
         Raises:
             ValueError: Nothing answers, or the key is refused.
@@ -95,8 +96,13 @@ class Endpoint:
         known = {name: Setting(kind) for name, kind in COMMON.items()}
         if isinstance(settings, dict):
             known = {str(name): _told(str(name), value) for name, value in settings.items()}
-        checkpoint = about.get("checkpoint")
-        return (str(checkpoint) if checkpoint else None), str(about.get("model", "")), known
+        notes = about.get("notes")
+        return {
+            "checkpoint": str(about.get("checkpoint") or self.url),
+            "about": str(about.get("model", "")),
+            "notes": tuple(map(str, notes)) if isinstance(notes, list) else (),
+            "known": known,
+        }
 
     def ask(self, asked: Asked, settings: Mapping[str, Any]) -> Made:
         """The video, after as many attempts as it takes.
@@ -373,11 +379,20 @@ def main() -> int:
         given = {"folder": args.folder, "replicas": str(args.replicas)}
         given |= dict(one.partition("=")[::2] for one in args.set)
         with connected():
-            serve.start(http_options={"host": args.host, "port": args.port})
-            serve.run(app(given), name="video")
-            command.out.print(f"http://{args.host}:{args.port}/", highlight=False)
-            while True:
-                time.sleep(3600)
+            if serve.status().applications:
+                raise ValueError(
+                    "Ray Serve runs on this cluster already: add this model to it with"
+                    f" `serve run evals.served:app folder={args.folder} --name NAME"
+                    " --route-prefix /NAME`"
+                )
+            try:
+                serve.start(http_options={"host": args.host, "port": args.port})
+                serve.run(app(given), name="video")
+                command.out.print(f"http://{args.host}:{args.port}/", highlight=False)
+                while True:
+                    time.sleep(3600)
+            finally:
+                serve.shutdown()  # else it stays on a cluster that is not ours
     except (ValueError, ConnectionError) as error:
         command.fail(str(error))
     except KeyboardInterrupt:

@@ -39,6 +39,7 @@ DIED = Failed("WorkerDied", "workers died while they made or read it", transient
 """Of a row on which workers are lost again and again."""
 _CODECS = ("h264", "mpeg4")
 _COPY_BYTES = 1 << 20
+_AT_ONCE, _MAKING = 256, ".making"  # of an export
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,11 @@ class Inspector:
         Raises:
             Failed: It is no video, or is damaged, truncated or without end.
         """
-        return self._sandbox.call((path, made))
+        try:
+            return self._sandbox.call((path, made))
+        except Failed as error:
+            words = error.message.partition(" (--")[0]  # which no command here has
+            raise Failed(error.error_type, words, transient=error.transient) from None
 
     def close(self) -> None:
         """Ends the child."""
@@ -364,10 +369,13 @@ def export_videos(
         else:
             names[name] = row["generation_id"]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, generation_id in names.items():
-        (path,) = fetch(generations, [generation_id], folder / ".making")
-        path.replace(folder / name)
-    shutil.rmtree(folder / ".making", ignore_errors=True)
+    todo = list(names.items())
+    for start in range(0, len(todo), _AT_ONCE):
+        some = todo[start : start + _AT_ONCE]
+        paths = fetch(generations, [generation_id for _, generation_id in some], folder / _MAKING)
+        for (name, _), path in zip(some, paths, strict=True):
+            path.replace(folder / name)
+    shutil.rmtree(folder / _MAKING, ignore_errors=True)
     alike = defaultdict(list)
     for name in names:
         alike[unicodedata.normalize("NFC", name).casefold()].append(name)

@@ -177,9 +177,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[VideoServer]:
 
 
 def test_an_endpoint(server: VideoServer) -> None:
-    server.about = {"checkpoint": "abc", "model": "big", "settings": {"steps": 9, "fps": 8.0}}
+    server.about = {
+        "checkpoint": "abc",
+        "model": "big",
+        "settings": {"steps": 9, "fps": 8.0},
+        "notes": ["tiny"],
+    }
     (model,) = with_settings(parse([server.url]), [f"{parse([server.url])[0].name}.steps=4"])
     assert model.kind == "served" and (model.checkpoint, model.about) == ("abc", "big")
+    assert model.notes == ("tiny",)
     assert dict(model.settings) == {"steps": 4, "fps": 8.0}
     server.answers = [Answer(503), Answer(429, after="0.02"), Answer(200, b"an mp4")]
     (made,) = model.load("cpu")([Asked(text="a cat", seed=3)])

@@ -213,7 +213,17 @@ def small(tmp_path: Path) -> Path:
 @needs_make
 def test_make_alone_lists_the_targets() -> None:
     lines = make(ROOT).stdout.splitlines()
-    targets = ["help", "setup", "demo", "test", "lint", "bench", "vbench-env", "system-deps", "clean"]
+    targets = [
+        "help",
+        "setup",
+        "demo",
+        "test",
+        "lint",
+        "bench",
+        "vbench-env",
+        "system-deps",
+        "clean",
+    ]
     assert [line.split()[1] for line in lines] == targets
 
 
