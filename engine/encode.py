@@ -237,7 +237,12 @@ class _Encoder:
         self._stream: Any = self._container.add_stream(
             "libx264",
             rate=rate.limit_denominator(1001),
-            options={"crf": str(encoding.crf), "preset": encoding.preset, "profile": "high"},
+            options={
+                "crf": str(encoding.crf),
+                "preset": encoding.preset,
+                "profile": "high",
+                "x264-params": "mbtree=0",  # its assembler rounds differently from run to run
+            },
         )
         context = self._stream.codec_context
         self._stream.width, self._stream.height = self._picture.size

@@ -26,7 +26,7 @@ CLIP_COLOURS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.
 DINO_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 View = Literal["square", "wide", "picture"]
-"""How frames are prepared for a model: see `prepared` and `from_pictures`."""
+"""How frames are prepared for a model: see `prepare`."""
 
 _TURNS = {
     90: cv2.ROTATE_90_CLOCKWISE,
@@ -98,34 +98,54 @@ class Differences:
         self._before = image_HWC
 
 
-def prepared(
-    frames: Sequence[np.ndarray], views: Iterable[View], device: torch.device
-) -> dict[View, torch.Tensor]:
-    """What VBench shows its models of frames, float32 (F, C, H, W) on `device`.
+def prepare(image_HWC: np.ndarray, views: Iterable[View]) -> dict[View, torch.Tensor]:
+    """What VBench shows its models of a frame, float32 (C, H, W), made on the CPU.
 
     `square` is its `clip_transform` of a tensor: bicubic without antialiasing, the middle. `wide`
-    is its `dino_transform`: bilinear without antialiasing, nothing cut off. On a CPU they are
-    resampled line by line, which takes half the time and differs in the last bits (1e-4 of 255).
+    is its `dino_transform`: bilinear without antialiasing, nothing cut off. These two are resampled
+    line by line, in half of the time; the last bits differ (1e-4 of 255 levels). `picture` is its
+    `clip_transform_Image`: Pillow's bicubic, which always averages, the middle.
 
     Args:
-        frames: RGB uint8 (H, W, 3), all of one size.
-        views: Of these two.
-        device: Where it is done.
+        image_HWC: RGB uint8.
+        views: Which.
     """
     import torch
 
-    views = list(views)
-    if device.type != "cpu":
-        frames_FHWC = torch.from_numpy(np.stack(frames)).to(device)
-        frames_FCHW = frames_FHWC.permute(0, 3, 1, 2).float()
-        return {view: _coloured(at_once(frames_FCHW, view), view) for view in views}
-    found: dict[View, list[torch.Tensor]] = {view: [] for view in views}
-    for image in frames:  # one at a time: it stays in the cache
-        image_HWC = torch.from_numpy(image.astype(np.float32))
-        for view in views:
-            resized = line_by_line(image_HWC, view).contiguous()
-            found[view].append(_coloured(resized, view))
-    return {view: torch.stack(parts) for view, parts in found.items()}
+    found, views = {}, list(views)
+    if "picture" in views:
+        levels_HWC = torch.from_numpy(_pillow_square(image_HWC))
+        found["picture"] = _coloured(levels_HWC.permute(2, 0, 1).contiguous().float(), "picture")
+    if others := [view for view in views if view != "picture"]:
+        levels_HWC = torch.from_numpy(image_HWC.astype(np.float32))
+        for view in others:
+            found[view] = _coloured(line_by_line(levels_HWC, view).contiguous(), view)
+    return found
+
+
+def prepare_on(
+    device: torch.device, images: Sequence[np.ndarray], views: Iterable[View]
+) -> dict[View, torch.Tensor]:
+    """The same of frames of one size, (F, C, H, W), made on a device, as the package does it.
+
+    Args:
+        device: A GPU, mostly.
+        images: RGB uint8 (H, W, 3).
+        views: Which; `picture` is not made so.
+    """
+    import torch
+
+    levels_FHWC = torch.from_numpy(np.stack(images)).to(device)
+    levels_FCHW = levels_FHWC.permute(0, 3, 1, 2).float()
+    return {view: _coloured(at_once(levels_FCHW, view), view) for view in views}
+
+
+def _pillow_square(image_HWC: np.ndarray) -> np.ndarray:
+    from PIL import Image
+    from torchvision.transforms import InterpolationMode, functional
+
+    resized = functional.resize(Image.fromarray(image_HWC), SIDE_PX, InterpolationMode.BICUBIC)
+    return np.array(functional.center_crop(resized, [SIDE_PX, SIDE_PX]))
 
 
 def at_once(frames_FCHW: torch.Tensor, view: View) -> torch.Tensor:
@@ -204,23 +224,3 @@ def _coloured(frames_FCHW: torch.Tensor, view: View) -> torch.Tensor:
 
     colours = DINO_COLOURS if view == "wide" else CLIP_COLOURS
     return functional.normalize(frames_FCHW.div(255.0), *colours, inplace=True)
-
-
-def picture(image_HWC: np.ndarray) -> np.ndarray:
-    """The square that VBench's `clip_transform_Image` cuts out of a picture, RGB uint8.
-
-    Pillow's bicubic, which always averages; meanwhile other threads run.
-    """
-    from PIL import Image
-    from torchvision.transforms import InterpolationMode, functional
-
-    resized = functional.resize(Image.fromarray(image_HWC), SIDE_PX, InterpolationMode.BICUBIC)
-    return np.asarray(functional.center_crop(resized, [SIDE_PX, SIDE_PX]))
-
-
-def from_pictures(pictures: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
-    """What VBench shows CLIP of such squares, float32 (F, C, H, W) on `device`."""
-    import torch
-
-    pictures_FHWC = torch.from_numpy(np.stack(pictures)).to(device)
-    return _coloured(pictures_FHWC.permute(0, 3, 1, 2).contiguous().float(), "picture")

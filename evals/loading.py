@@ -193,7 +193,13 @@ def settings_of_diffusers(name: str, folder: Path) -> tuple[str, dict[str, Setti
 def _class_of(name: str, folder: Path) -> Any:
     import diffusers
 
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    try:
+        index = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"model {name}: {folder / 'model_index.json'} is not what diffusers writes ({error}):"
+            " fetch or save the pipeline again"
+        ) from None
     kind = index.get("_class_name")
     pipeline = getattr(diffusers, kind, None) if isinstance(kind, str) else None
     if not isinstance(pipeline, type) or not issubclass(pipeline, diffusers.DiffusionPipeline):

@@ -257,10 +257,18 @@ def _export(name: str, folder: Path) -> Model:
     from evals.loading import settings_of_export
     from trainers.system import system_of
 
-    system = system_of(folder)
-    about = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
-    digests = [digest(folder), *(digest(w.local()) for w in _bases(about[system]))]
-    known = settings_of_export(system)
+    try:
+        system = system_of(folder)
+        about = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
+        digests = [digest(folder), *(digest(w.local()) for w in _bases(about[system]))]
+        known = settings_of_export(system)
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(
+            f"model {name}: {folder / 'pipeline.json'} is not what an export has"
+            f" ({type(error).__name__}: {error}): export it again"
+        ) from None
+    except ValueError as error:  # of weights that are not here, or a newer layout
+        raise ValueError(f"model {name}: {error}") from None
     return Model(
         name=name,
         kind="export",

@@ -15,7 +15,7 @@ import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -163,6 +163,27 @@ class _Seen:
         return found_FD
 
 
+class _Chunk(NamedTuple):
+    """Neighbouring frames on their way to the models."""
+
+    wanted: list[bool]
+    """Which of them; what follows is of these alone."""
+    prepared: list[Future[dict[View, torch.Tensor]]]
+    images: list[np.ndarray]
+    """For the views that the device makes itself."""
+    on_device: Set[View]
+
+    def shown(self, device: torch.device) -> dict[View, torch.Tensor]:
+        """What models see."""
+        import torch
+
+        each = [one.result() for one in self.prepared]
+        found = {view: torch.stack([e[view] for e in each]).to(device) for view in each[0]}
+        if self.on_device:
+            found |= frames.prepare_on(device, self.images, self.on_device)
+        return found
+
+
 class _Score(NamedTuple):
     """Of a span in a dimension."""
 
@@ -180,8 +201,10 @@ class _Measure:
         self.decodes = 0
         """Files that were read."""
         self._lenses = list(dict.fromkeys(_LENS[n] for n in metric.dimensions if n in _LENS))
-        self._pool = ThreadPoolExecutor(max(1, math.ceil(metric.num_cpus)))
         if self._lenses:
+            # Each thread has a frame of its own: torch's threads within would only be in its way.
+            threads = max(1, math.ceil(metric.num_cpus))
+            self._pool = ThreadPoolExecutor(threads, initializer=_one_thread)
             self._models = _Models(metric, {model for _, model in self._lenses})
 
     def __call__(self, asked: pa.Table) -> pa.Table:
@@ -208,44 +231,46 @@ class _Measure:
         lenses = [lens for lens in self._lenses if any(_LENS.get(name) == lens for name in asked)]
         seen = _Seen(features={lens: [] for lens in lenses})
         images = frames.rgb_frames(path)
-        for chunk in frames.chunks(images, self.metric.frames_at_once, _MOST_PIXELS):
+        waiting: _Chunk | None = None
+        for held in frames.chunks(images, self.metric.frames_at_once, _MOST_PIXELS):
             if "temporal_flickering" in asked:
-                for image in chunk:
+                for image in held:
                     seen.differences.add(image)
-            numbers = range(seen.num_frames, seen.num_frames + len(chunk))
-            wanted = [any(a <= n < b for a, b in spans) for n in numbers]
-            self._embed(seen, chunk, wanted)
-            seen.num_frames += len(chunk)
+            numbers = range(seen.num_frames, seen.num_frames + len(held))
+            seen.num_frames += len(held)
+            if lenses:
+                wanted = [any(a <= n < b for a, b in spans) for n in numbers]
+                chunk = self._prepared(held, wanted, {view for view, _ in lenses})
+                if waiting:
+                    self._embed(seen, waiting)
+                waiting = chunk  # prepared by threads while models look at the one before
+        if waiting:
+            self._embed(seen, waiting)
         return seen
 
-    def _embed(self, seen: _Seen, chunk: Sequence[np.ndarray], wanted: Sequence[bool]) -> None:
+    def _prepared(self, held: Sequence[np.ndarray], wanted: list[bool], views: Set[View]) -> _Chunk:
+        images = list(itertools.compress(held, wanted))
+        device = self._models.device
+        on_device = views - {"picture"} if device.type != "cpu" else frozenset()
+        in_threads = [self._pool.submit(frames.prepare, i, views - on_device) for i in images]
+        return _Chunk(wanted, in_threads, images if on_device else [], on_device)
+
+    def _embed(self, seen: _Seen, chunk: _Chunk) -> None:
         """Adds the features of these frames; a model that fails costs only what it is for."""
         import torch
 
-        lenses = [lens for lens in seen.features if lens not in seen.faults]
-        images = list(itertools.compress(chunk, wanted))
-        if not images or not lenses:
-            for found in seen.features.values():
-                found += [None] * len(chunk)
-            return
-        views = {view for view, _ in lenses}
-        pictures = [self._pool.submit(frames.picture, i) for i in images if "picture" in views]
-        device = self._models.device
         with torch.inference_mode():
-            shown = frames.prepared(images, views - {"picture"}, device)
-            # Last, since threads make them while these go through their models.
-            for view, model in sorted(lenses, key=lambda lens: lens[0] == "picture"):
-                if view == "picture" and view not in shown:
-                    made = [picture.result() for picture in pictures]
-                    shown[view] = frames.from_pictures(made, device)
+            shown = chunk.shown(self._models.device) if any(chunk.wanted) else {}
+            for (view, model), found in seen.features.items():
+                if (view, model) in seen.faults:
+                    continue
                 try:
-                    features = iter(self._models.features(model, shown[view]))
+                    features = iter(self._models.features(model, shown[view]) if shown else ())
                 except RuntimeError as error:  # memory of the device, above all
                     said = " ".join(str(error).split())[:300]
                     seen.faults[view, model] = Failed(type(error).__name__, said)
                 else:
-                    each = [next(features) if is_wanted else None for is_wanted in wanted]
-                    seen.features[view, model] += each
+                    found += [next(features) if is_wanted else None for is_wanted in chunk.wanted]
 
     def _of_row(self, seen: _Seen, row: _Row) -> dict[str, Any] | Failed:
         name, (start, stop) = row["dimension"], _span(row)
@@ -377,6 +402,12 @@ class _Models:
                 found = torch.nn.functional.normalize(found, dim=-1)
             self._texts = {text: (found, is_cut)}  # that of the next rows, mostly
         return self._texts[text]
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # of this thread; that of the models keeps its own
 
 
 def _span(row: _Row) -> tuple[int, float]:

@@ -6,8 +6,8 @@
 These serve an export or a diffusers pipeline by Ray Serve, the first at http://127.0.0.1:8000.
 `POST URL` with the JSON `{"prompt": …, "seed": …}` and the model's settings answers the video as
 `video/mp4`, or as JSON with `video` (base64), `rephrased`, `notes` and `timings`. `GET URL` may say
-`checkpoint`, `model`, `settings` (names with their defaults) and `notes` as JSON. Whatever speaks this can
-be evaluated.
+`checkpoint`, `model`, `settings` (names with their defaults) and `notes` as JSON. Whatever speaks
+this can be evaluated.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ class Endpoint:
         self.url = url
 
     def says(self) -> dict[str, Any]:
-        """What it says of itself, as `Model` has it; where it says nothing, that it may be told
-        anything, and that its URL stands for its weights.
+        """What it says of itself, as fields of `Model`.
+
+        Where it says nothing, its URL stands for its weights, and it is told what is common.
 
         Raises:
             ValueError: Nothing answers, or the key is refused.

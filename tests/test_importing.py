@@ -181,8 +181,8 @@ def test_a_file_without_end(tmp_path: Path) -> None:
     inspector = Inspector(time_limit_s=30.0)
     try:
         assert inspector.look(str(fine), str(tmp_path / "made")).num_frames == 4  # it has started
-        inspector._sandbox.time_limit_s = 0.02
-        with pytest.raises(Failed, match=r"the time limit of 0\.02 s$") as failure:
+        inspector._sandbox.time_limit_s = 0.002
+        with pytest.raises(Failed, match=r"the time limit of 0\.002 s$") as failure:
             inspector.look(str(long), str(tmp_path / "made"))
         assert failure.value.error_type == "TimeLimit"
         inspector._sandbox.time_limit_s = 30.0

@@ -106,6 +106,15 @@ def test_what_is_no_model(wan: Path, tmp_path: Path) -> None:
     (folder / "config.json").touch()
     refused(f"a={folder}", words=r"is no model: .* pipeline\.json.*it has config\.json")
 
+    (folder / "pipeline.json").write_text("{")
+    refused(f"a={folder}", words="model a: .*is not what an export has")
+    about = {"format": 1, "system": "rise", "rise": {"vdm": {"at": "/gone", "revision": None}}}
+    (folder / "pipeline.json").write_text(json.dumps(about))
+    refused(f"a={folder}", words="model a: no weights at /gone")
+    (folder / "pipeline.json").unlink()
+    (folder / "model_index.json").write_text("[3]")
+    refused(f"a={folder}", words="is not what diffusers writes")
+
     def index(**changed: object) -> None:
         text = json.loads((wan / "model_index.json").read_text()) | changed
         (folder / "model_index.json").write_text(json.dumps(text))

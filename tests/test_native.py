@@ -22,7 +22,7 @@ from clips import encode, texture
 from engine.operator import FAILURE
 from evals import frames, native
 from evals.dimensions import DIMENSIONS
-from evals.frames import at_once, chunks, line_by_line, prepared, rgb_frames
+from evals.frames import chunks, prepare, prepare_on, rgb_frames
 from evals.merge import merge
 from evals.metric import ASKED, SCORED
 from evals.metrics import choose
@@ -197,28 +197,27 @@ def test_frames_are_held_a_few_at_a_time():
 
 @pytest.mark.parametrize("size", [(234, 416), (346, 194), (100, 130), (224, 500), (5, 3), (1, 1)])
 def test_what_models_are_shown_is_what_the_package_shows_them(tiny_cache, size):
+    from PIL import Image
+
     utils = package("utils")
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 256, (*size, 3), np.uint8) for _ in range(2)]
     given = torch.Tensor(np.stack(images)).permute(0, 3, 1, 2)
+    transform = utils.clip_transform_Image(224)
     expected = {
         "square": utils.clip_transform(224)(given),
         "wide": utils.dino_transform(224)(given),
+        "picture": torch.stack([transform(Image.fromarray(image)) for image in images]),
     }
-    found = prepared(images, expected, CPU)
+    each = [prepare(image, expected) for image in images]
+    found = {view: torch.stack([one[view] for one in each]) for view in expected}
     for view, value in expected.items():
         assert found[view].shape == value.shape
         assert torch.allclose(found[view], value, rtol=0, atol=2e-6), view
-        # a GPU's way gives the same
-        whole = at_once(given, view)
-        lines = torch.stack([line_by_line(i, view) for i in given.permute(0, 2, 3, 1).contiguous()])
-        assert torch.allclose(whole, lines, rtol=0, atol=3e-4), view
-    from PIL import Image
-
-    transform = utils.clip_transform_Image(224)
-    expected_pictures = torch.stack([transform(Image.fromarray(i)) for i in images])
-    pictures = frames.from_pictures([frames.picture(i) for i in images], CPU)
-    assert torch.equal(pictures, expected_pictures)
+    assert torch.equal(found["picture"], expected["picture"])
+    # As a GPU does it: both of one upload.
+    for view, value in prepare_on(CPU, images, ["square", "wide"]).items():
+        assert torch.equal(value, expected[view]), view
 
 
 # Against the package

@@ -16,7 +16,8 @@ def write_mp4(path: Path, video_FHW3: np.ndarray, fps: float) -> None:
     with av.open(str(made), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": "18"}
+        # mbtree's assembler rounds differently from one run to the next
+        stream.options = {"crf": "18", "x264-params": "mbtree=0"}
         for frame_HW3 in video_FHW3:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HW3), format="rgb24")
             container.mux(stream.encode(picture))
