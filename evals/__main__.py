@@ -4,6 +4,7 @@
     python -m evals table   DATASET [PRESET ...]      of what is scored
     python -m evals compare DATASET A B               which differences are beyond their noise
     python -m evals drift   DATASET                   how scores change within videos
+    python -m evals runs    DATASET                   what was evaluated, and when
     python -m evals videos  DATASET MODEL FOLDER      files as VBench names them
     python -m evals weights RECIPE                    what is missing, and how to fetch it
 
@@ -58,6 +59,8 @@ class Run:
     """VBench's folder `prompts`: models are given the long forms that are there."""
     dimensions: tuple[str, ...] = ()
     """In place of the recipe's."""
+    drift: tuple[str, ...] = ()
+    """Of these dimensions, in place of the recipe's; parts of videos are scored as needed."""
     skip_unavailable: bool = False
     """Leave out dimensions that cannot be measured here, and say which."""
     num_prompts: int | None = None
@@ -115,9 +118,9 @@ class Compare:
     dataset: tyro.conf.Positional[str]
     """That `run --dst` named."""
     a: tyro.conf.Positional[str]
-    """A model."""
+    """A model, or NAME@RUN: as an earlier run has it."""
     b: tyro.conf.Positional[str]
-    """Another one: its score less that of the first is what is tested."""
+    """Another one, whose score is taken from that of the first."""
     recipe: str | None = None
     """Of this evaluation; by default the newest."""
     seed: int = 0
@@ -142,6 +145,16 @@ class Drift:
     """Folder for a picture of each dimension."""
     json: bool = False
     """One JSON object on standard output, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Lists evaluations, the newest first."""
+
+    dataset: tyro.conf.Positional[str]
+    """That `run --dst` named."""
+    recipe: str | None = None
+    """Of this evaluation alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +188,7 @@ Command = (
     | Annotated[Show, tyro.conf.subcommand("table")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Drift, tyro.conf.subcommand("drift")]
+    | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Videos, tyro.conf.subcommand("videos")]
     | Annotated[Weights, tyro.conf.subcommand("weights")]
 )
@@ -185,7 +199,8 @@ def main() -> int:
     args = command.arguments(Command, f"{__doc__}\nRecipes:\n\n{_NAMES}")  # type: ignore[arg-type]
     command.set_up_logging()
     does = {
-        Run: run, Show: show, Compare: compare, Drift: drift, Videos: videos, Weights: weights
+        Run: run, Show: show, Compare: compare, Drift: drift, Runs: runs, Videos: videos,
+        Weights: weights,
     }  # fmt: skip
     try:
         does[type(args)](args)
@@ -241,6 +256,7 @@ def request_of(args: Run) -> Any:
         prompts=args.prompts,
         enhanced=args.enhanced,
         dimensions=args.dimensions,
+        drift=args.drift,
         skip_unavailable=args.skip_unavailable,
         num_prompts=args.num_prompts,
         samples=args.samples,
@@ -310,6 +326,13 @@ def drift(args: Drift) -> None:
             command.err.print(str(path), highlight=False, soft_wrap=True)
 
 
+def runs(args: Runs) -> None:
+    """`python -m evals runs`."""
+    from evals.evaluation import runs_of
+
+    command.out.print(showing.runs_table(runs_of(command.destination(args.dataset), args.recipe)))
+
+
 def videos(args: Videos) -> None:
     """`python -m evals videos`."""
     from evals.evaluation import Results, videos_of
@@ -318,7 +341,7 @@ def videos(args: Videos) -> None:
     root = command.destination(args.dataset)
     plan = Results.read(root, recipe=args.recipe, models=[args.model]).models[args.model]
     folder = Path(command.destination(args.folder))
-    stored = videos_of(root, plan.model(args.model), plan.seed)
+    stored = videos_of(root, plan.model(args.model.partition("@")[0]), plan.seed)
     told = export_videos(root, stored, plan.suite, folder)
     command.out.print(f"{told.num_written:,} videos: {folder}", highlight=False, soft_wrap=True)
     if told.missing:

@@ -23,6 +23,7 @@ def request_of(
     prompts: str | None = None,
     enhanced: str | None = None,
     dimensions: Sequence[str] = (),
+    drift: Sequence[str] = (),
     skip_unavailable: bool = False,
     num_prompts: int | None = None,
     samples: int | None = None,
@@ -42,7 +43,7 @@ def request_of(
     Raises:
         ValueError: Something is not as it is needed: names all of a kind that are missing.
     """
-    found = _recipe(recipe, dimensions, num_prompts, samples)
+    found = _recipe(recipe, dimensions, drift, num_prompts, samples)
     chosen = with_settings(parse(models), settings)
     if not chosen:
         raise ValueError("no model: --models NAME=FOLDER, one or more")
@@ -76,11 +77,19 @@ def request_of(
 
 
 def _recipe(
-    name: str, dimensions: Sequence[str], num_prompts: int | None, samples: int | None
+    name: str,
+    dimensions: Sequence[str],
+    drift: Sequence[str],
+    num_prompts: int | None,
+    samples: int | None,
 ) -> Recipe:
     found = recipe(name)
     if dimensions:
         found = with_dimensions(found, dimensions)
+    if others := [d for d in drift if d not in found.dimensions]:
+        raise ValueError(f"--drift {' '.join(others)}: measured are {', '.join(found.dimensions)}")
+    if drift:
+        found = dataclasses.replace(found, drift=tuple(drift))
     for what, number in (("--num-prompts", num_prompts), ("--samples", samples)):
         if number is not None and number < 1:
             raise ValueError(f"{what} {number}: one at least is needed")

@@ -77,15 +77,22 @@ class Plan:
         )
 
 
+def runs_of(root: str, recipe: str | None = None) -> list[dict[str, Any]]:
+    """Rows of `runs` that are evaluations, the newest first.
+
+    Raises:
+        DatasetError: There is no dataset.
+    """
+    name = f"{KIND}{recipe}" if recipe else KIND
+    columns = ["run_id", "recipe", "resolved", "started_at", "seconds", "interrupted", "counts"]
+    rows = read(root, "runs").to_table(columns=columns, filter=f"starts_with(recipe, '{name}')")
+    found = [r for r in rows.to_pylist() if recipe is None or r["recipe"] == name]
+    return sorted(found, key=lambda r: r["started_at"], reverse=True)
+
+
 def plans(root: str, recipe: str | None = None) -> list[Plan]:
     """Evaluations of a dataset, the newest first."""
-    name = f"{KIND}{recipe}" if recipe else KIND
-    rows = read(root, "runs").to_table(
-        columns=["run_id", "recipe", "resolved", "started_at"],
-        filter=f"starts_with(recipe, '{name}')",
-    )
-    rows = [r for r in rows.to_pylist() if recipe is None or r["recipe"] == name]
-    return [Plan.of(r) for r in sorted(rows, key=lambda r: r["started_at"], reverse=True)]
+    return [Plan.of(row) for row in runs_of(root, recipe)]
 
 
 @dataclass(kw_only=True)
@@ -95,7 +102,7 @@ class Results:
     plan: Plan
     """The newest."""
     models: dict[str, Plan]
-    """By name, with the newest run that had it."""
+    """As they were asked for, with the run that each is taken from."""
     _rows: dict[str, _Stored] = field(default_factory=dict)
 
     @classmethod
@@ -107,7 +114,8 @@ class Results:
         Args:
             root: The dataset.
             recipe: Of this recipe.
-            models: These alone, in this order.
+            models: These alone, in this order. NAME is a model as the newest run has it that
+                it was part of, NAME@RUN as the run has it whose id begins so.
 
         Raises:
             DatasetError: There is no such evaluation, or a model has no part in it.
@@ -116,20 +124,14 @@ class Results:
         if not found:
             of = f" of recipe {recipe}" if recipe else ""
             raise DatasetError(f"{root} has no evaluation{of}: `python -m evals run` makes one")
-        newest, by_model = found[0], {}
-        for plan in found:
-            if (plan.suite.digest, plan.clips) == (newest.suite.digest, newest.clips):
-                for model in plan.models:
-                    by_model.setdefault(model["name"], plan)
-        unknown = [name for name in models or () if name not in by_model]
-        if unknown:
-            raise DatasetError(
-                f"{root} has no scores of {', '.join(unknown)}: it has {', '.join(by_model)}"
-            )
-        order = models or [m["name"] for m in newest.models] + sorted(by_model)
-        made = cls(plan=newest, models={name: by_model[name] for name in order})
-        for name, plan in made.models.items():
-            made._rows[name] = _Stored.read(root, name, plan)
+        newest = found[0]
+        alike = [
+            p for p in found if (p.suite.digest, p.clips) == (newest.suite.digest, newest.clips)
+        ]
+        asked = models or dict.fromkeys(m["name"] for plan in alike for m in plan.models)
+        made = cls(plan=newest, models={one: _plan_of(root, alike, one) for one in asked})
+        for one, plan in made.models.items():
+            made._rows[one] = _Stored.read(root, _name(one), plan)
         return made
 
     @property
@@ -217,7 +219,7 @@ class Results:
             num_prompts=len({v.prompt for v in scored}),
             num_expected=len(values) - left_out,
             num_failed=len(values) - left_out - len(scored),
-            notes=self._notes(plan, dimension),
+            notes=self._notes(model, dimension),
             values=scored,
         )
 
@@ -227,7 +229,7 @@ class Results:
             for prompt, _ in self._expected(model, dimension)
             if category is None or category in prompt.categories
         ]
-        notes = self._notes(self.models[model], dimension)
+        notes = self._notes(model, dimension)
         found = self.drifts(model, dimension, category)
         if found is None:
             return Cell(
@@ -243,13 +245,17 @@ class Results:
                 notes=notes,
             )
         (cell,) = drift.cells([found], num_expected=len(expected), notes=notes)
-        return dataclasses.replace(cell, category=category)
+        lacking = len(expected) - cell.num_videos  # failed, or too short to have two ends
+        return dataclasses.replace(cell, model=model, category=category, num_failed=lacking)
 
-    def _notes(self, plan: Plan, dimension: str) -> tuple[str, ...]:
+    def _notes(self, model: str, dimension: str) -> tuple[str, ...]:
+        plan = self.models[model]
         ours, newest = plan.metrics.get(dimension), self.plan.metrics.get(dimension)
         notes = []
         if plan.is_tiny:
             notes.append("tiny")
+        if "tiny" in plan.model(_name(model)).get("notes", ()):
+            notes.append("MEANINGLESS: its videos are a small random model's")
         if ours and ours["implementation"] == "native":
             notes.append("native")
         if dimension == "temporal_flickering":
@@ -259,6 +265,24 @@ class Results:
         if ours and newest and ours["fingerprint"] != newest["fingerprint"]:
             notes.append("scored with other weights or versions")
         return tuple(notes)
+
+
+def _name(model: str) -> str:
+    return model.partition("@")[0]
+
+
+def _plan_of(root: str, plans: Sequence[Plan], model: str) -> Plan:
+    """The newest run that a model, or a model of a run, was part of."""
+    name, _, run = model.partition("@")
+    for plan in plans:
+        if plan.run_id.startswith(run) and any(m["name"] == name for m in plan.models):
+            return plan
+    there = dict.fromkeys(m["name"] for plan in plans for m in plan.models)
+    of = f" in a run {run}…" if run else ""
+    raise DatasetError(
+        f"{root} has no scores of {name}{of}: it has {', '.join(there)}"
+        " (`python -m evals runs` lists the runs)"
+    )
 
 
 @dataclass(kw_only=True)

@@ -282,7 +282,10 @@ def _asks(
         spans = [*clips, *(spans if dimension in recipe.drift else ())]
     if dimension in recipe.drift:
         spans += needed_segments(
-            known.has_frame_scores(implementation), video.num_frames, segments.least(known)
+            known.has_frame_scores(implementation),
+            video.num_frames,
+            segments.least(known),
+            parts=segments.PARTS,
         )
     return [
         Ask(video, dimension, None if span is None else segments.str_of(span), said)

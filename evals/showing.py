@@ -124,6 +124,27 @@ def tell(out: Console, done: Done, written: Sequence[Path]) -> None:
         out.print(str(path), highlight=False, soft_wrap=True, style="dim")
 
 
+def runs_table(rows: Sequence[Mapping[str, Any]]) -> RichTable:
+    """Rows of `runs` that are evaluations, for a terminal."""
+    made = RichTable(title="Evaluations, the newest first")
+    for head in ("run", "started", "recipe", "suite", "models", "seconds", "scores"):
+        made.add_column(head)
+    for row in rows:
+        said, counts = json.loads(row["resolved"]), json.loads(row["counts"]).get("scores", {})
+        made.add_row(
+            row["run_id"][:8],
+            f"{row['started_at']:%Y-%m-%d %H:%M}",
+            said["recipe"],
+            f"{said['suite']['name']}, {len(said['suite']['prompts']):,} prompts",
+            ", ".join(
+                f"{m['name']} ({(m['checkpoint'] or m['kind'])[:8]})" for m in said["models"]
+            ),
+            "did not end" if row["interrupted"] else f"{row['seconds']:.0f}",
+            ", ".join(f"{number:,} {what}" for what, number in counts.items() if number),
+        )
+    return made
+
+
 def compared(results: Results, a: str, b: str, *, seed: int = 0) -> dict[str, Difference]:
     """Differences of two models in every dimension that both were measured in."""
     values = {

@@ -261,6 +261,10 @@ def test_two_exports_from_prompts_to_a_table(
     assert sorted(p.name for p in (tmp_path / "files").iterdir())[0] == "a cup of coffee-0.mp4"
     again = evals(cluster, "run", "tiny_custom", "--models", *exports, *flags, *steps, "--json")
     assert json.loads(again.stdout)["scored"] == {"scored": 0, "failed": 0, "there": 32}
+    before = said["run_id"][:8]
+    compared = evals(cluster, "compare", root, f"{names[0]}@{before}", names[0], "--json").stdout
+    assert {d["mean"] for d in json.loads(compared).values()} == {0.0}
+    assert before in evals(cluster, "runs", root).stdout
 
 
 def test_what_is_wrong_costs_a_row_each_or_is_said_in_a_line(
