@@ -130,7 +130,9 @@ def _weights(found: Recipe, named: str | None, say: Callable[[str], None]) -> Pa
                 f"{folder} holds small random weights: name real ones, or recipe tiny_{found.name}"
             )
         return folder
+    from evals.tiny_scene import make_scene_weights
     from evals.tiny_weights import make_vbench_cache
 
     say(f"recipe {found.name}: small random weights, their scores mean nothing")
-    return make_vbench_cache(Path(named) if named else tiny_folder() / "vbench")
+    made = make_vbench_cache(Path(named) if named else tiny_folder() / "vbench")
+    return make_scene_weights(made) if "scene" in found.dimensions else made
