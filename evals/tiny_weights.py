@@ -30,6 +30,7 @@ from evals.vbench_worker import (
     tiny_musiq,
     tiny_umt,
     tiny_viclip_vision,
+    undone,
 )
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def make_vbench_cache(folder: Path) -> Path:
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     prepare(str(folder))
-    with _seeded(), contextlib.redirect_stdout(io.StringIO()):
+    with undone(), _seeded(), contextlib.redirect_stdout(io.StringIO()):
         make_missing(
             folder,
             {

@@ -122,15 +122,29 @@ def prepare(cache: str) -> None:
             module.CACHE_DIR = cache
 
 
-def package(name: str) -> Any:
-    """A module of the package, which sets up the root logger of its process: that is undone."""
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """While the package is imported or builds models: what it changes for its process is undone.
+
+    It sets up the root logger, and has Pillow take torn pictures for whole ones.
+    """
+    from PIL import ImageFile
+
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    are_torn_taken = ImageFile.LOAD_TRUNCATED_IMAGES
     try:
-        return importlib.import_module(f"vbench.{name}")
+        yield
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+        ImageFile.LOAD_TRUNCATED_IMAGES = are_torn_taken
+
+
+def package(name: str) -> Any:
+    """A module of the package."""
+    with undone():
+        return importlib.import_module(f"vbench.{name}")
 
 
 @contextlib.contextmanager
@@ -273,7 +287,7 @@ class VBenchWorker:
         self._run: dict[str, Score] = {}
         self._loaders: dict[str, list[tuple[Any, str]]] = {}
         sizes = tiny_sizes(dimensions) if self.is_tiny else contextlib.nullcontext()
-        with _quiet(), torch.no_grad(), sizes:
+        with undone(), _quiet(), torch.no_grad(), sizes:
             for name in dimensions:
                 self._run[name] = self._load(name)
 

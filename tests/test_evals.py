@@ -57,7 +57,7 @@ def standard_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("standard")
     for number, prompt in enumerate(PROMPTS):
         for sample in range(2):
-            frames = video(10 * number + sample, 7 + number)
+            frames = video(10 * number + sample, 5 + number)
             write_mp4(folder / f"{prompt}-{sample}.mp4", frames, 24.0)
     return folder
 
@@ -137,14 +137,14 @@ def same(root: Path, by_the_package: dict[str, list]) -> None:
         assert cell.is_complete and cell.num_videos == 4 and cell.num_prompts == 2
 
 
-def test_every_score_is_the_packages_after_a_kill_and_with_three_actors_too(
+def test_every_score_is_the_packages_after_a_kill(
     connection: None,
     tiny_cache: Path,
     standard_videos: Path,
     by_the_package: dict[str, list],
     tmp_path: Path,
 ) -> None:
-    """Rows and aggregates, whatever became of the run that measured them."""
+    """Rows and aggregates of a run that was killed in the middle and gone on with."""
     root, videos = tmp_path / "one", 2 * len(PROMPTS)
     one = request(tiny_cache, standard_videos, root, workers=1)
     stored = killed(one, tmp_path, lambda: counted(root, "scores") >= len(HERE))
@@ -152,11 +152,21 @@ def test_every_score_is_the_packages_after_a_kill_and_with_three_actors_too(
     done = run(one, connect=Ray)
     assert (done.scored.there, done.scored.scored) == (stored, videos * len(HERE) - stored)
     same(root, by_the_package)
+
+
+def test_every_score_is_the_packages_with_three_actors(
+    connection: None,
+    tiny_cache: Path,
+    standard_videos: Path,
+    by_the_package: dict[str, list],
+    tmp_path: Path,
+) -> None:
+    """The same; and what is scored is not scored again."""
     three = request(tiny_cache, standard_videos, tmp_path / "three", workers=3)
     run(three, connect=Ray)
     same(tmp_path / "three", by_the_package)
     again = run(three, connect=lambda: pytest.fail("nothing is to do"))
-    assert (again.scored.there, again.scored.scored) == (videos * len(HERE), 0)
+    assert (again.scored.there, again.scored.scored) == (2 * len(PROMPTS) * len(HERE), 0)
 
 
 def killed(one: Request, folder: Path, when: Callable[[], bool]) -> int:

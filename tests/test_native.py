@@ -27,7 +27,7 @@ from evals.merge import merge
 from evals.metric import ASKED, SCORED
 from evals.metrics import choose
 from evals.native import Native
-from evals.tiny_weights import make_vbench_cache
+from evals.native_models import consistency
 from evals.vbench_worker import VBenchWorker, package
 
 BOTH = [n for n, d in DIMENSIONS.items() if d.implementations == ("native", "vbench")]
@@ -43,17 +43,12 @@ REAL = (
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_vbench_cache(tmp_path_factory.mktemp("vbench-cache"))
 
 
 def scenery(num: int, height: int, width: int, seed: int = 0) -> list[np.ndarray]:
@@ -325,7 +320,7 @@ def test_grey_that_alternates_flickers_by_its_step(measure, tmp_path):
 def test_no_similarity_is_below_zero():
     """Frames 0 to 3 point right, left, up and right: cosines by hand."""
     features = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [1, 0]])
-    found = native._consistency(features, counted=True)
+    found = consistency(features, counted=True)
     assert found.frames == [None, 0, 0, pytest.approx(0.5)]
     assert found.value == pytest.approx(0.5 / 3)
     assert found.details["video_sim"] == pytest.approx(0.5)
@@ -395,8 +390,8 @@ def test_a_file_is_decoded_once_for_all_that_is_asked_of_it(measure, films, monk
 def test_frames_that_no_span_needs_are_not_embedded(tiny_cache, films):
     metric = Native(dimensions=("background_consistency",), cache=str(tiny_cache), device="cpu")
     measure, shown = metric.load(), []
-    own = measure._models._encoders["clip_b"]
-    measure._models._encoders["clip_b"] = lambda x: (shown.append(len(x)), own(x))[1]
+    own = measure._models.encoders["clip_b"]
+    measure._models.encoders["clip_b"] = lambda x: (shown.append(len(x)), own(x))[1]
     spans = ((0, 2), (8, 11))
     scores(measure(asked(films["landscape"], "background_consistency", spans=spans)))
     assert sum(shown) == 5
@@ -479,11 +474,11 @@ def test_a_model_that_fails_costs_its_own_dimensions(tiny_cache, films):
     def fails(_shown: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of memory\nby 3 GiB")
 
-    measure._models._encoders["clip_l"] = fails
+    measure._models.encoders["clip_l"] = fails
     said = dict(zip(ALL, failures(measure(asked(films["small"], *ALL))), strict=True))
     assert said.pop("aesthetic_quality") == ("RuntimeError", "out of memory by 3 GiB", False)
     assert set(said.values()) == {(None, None, None)}
-    measure._models._encoders["dino"] = lambda shown: torch.full((len(shown), 8), math.nan)
+    measure._models.encoders["dino"] = lambda shown: torch.full((len(shown), 8), math.nan)
     said = dict(zip(ALL, failures(measure(asked(films["small"], *ALL))), strict=True))
     assert said["subject_consistency"][0] == "NotFinite"
 

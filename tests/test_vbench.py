@@ -30,7 +30,7 @@ from evals.merge import merge
 from evals.metric import ASKED, SCORED
 from evals.package import Package
 from evals.tiny_weights import is_tiny, make_vbench_cache
-from evals.vbench_worker import FILES, VBenchWorker, package, prepare, replaced, tiny_sizes
+from evals.vbench_worker import FILES, VBenchWorker, package, prepare, replaced, tiny_sizes, undone
 
 GRIT = ["object_class", "multiple_objects", "color", "spatial_relationship"]
 HERE = [name for name in VBENCH if name not in (*GRIT, "scene")]
@@ -52,17 +52,13 @@ def scenery(num: int, seed: int, *, width: int = 128, step: int = 0) -> list[np.
     return [frame.astype(np.uint8) for frame in frames]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
+    """Of what is compared, too: a sum over other parts differs in its last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_vbench_cache(tmp_path_factory.mktemp("vbench-cache"))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +101,8 @@ def by_the_package(
         for prompt in prompts
     ]
     info.write_text(json.dumps(entries))
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with undone(), quiet[0], quiet[1]:
         VBench(torch.device("cpu"), str(info), str(out)).evaluate(
             videos_path=str(folder), name="run", dimension_list=dimensions, local=True
         )
@@ -530,3 +527,11 @@ def test_another_python_measures_the_same(connection, tiny_cache, films):
     assert chosen.environment() == here.environment()
     with pytest.raises(ValueError, match="make vbench-env"):
         Package(dimensions=("temporal_flickering",), cache=".", python="/no/python").check()
+
+
+def test_torn_pictures_are_not_taken_for_whole_ones_once_the_package_is_imported() -> None:
+    """Its AMT tells Pillow so, for every other user of this process."""
+    from PIL import ImageFile
+
+    package("motion_smoothness")
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
