@@ -424,8 +424,9 @@ def test_a_damaged_file_fails_and_its_neighbour_is_scored(measure, films, tmp_pa
     cut.write_bytes(data[: len(data) // 2])
     junk.write_bytes(bytes(range(256)) * 40)
     flipped = bytearray(data)
-    middle = (frames_at + data.index(b"moov")) // 2
-    flipped[middle : middle + 600] = bytes(600)
+    with av.open(str(films["landscape"])) as container:
+        sixth = sorted(entry.pos for entry in container.streams.video[0].index_entries)[5]
+    flipped[sixth : sixth + 64] = b"\xff" * 64  # the length of its first unit, above all
     damaged = tmp_path / "damaged-0.mp4"
     damaged.write_bytes(flipped)
     paths = (cut, junk, damaged, tmp_path / "none-0.mp4")
