@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint bench vbench-env system-deps clean
+.PHONY: help setup demo test lint bench dashboard vbench-env system-deps clean
 
 # "3.11.7 /usr/bin/python3.11" of the first interpreter that runs and is new enough. Its base
 # executable, so that a virtual environment which happens to be active does not become the base of ours.
@@ -43,15 +43,21 @@ lint: $(ALL) ## check style and format with ruff
 bench: $(ALL) ## measure speed and memory, and write the table of figures
 	@$(VENV_PYTHON) tests/bench.py $(ARGS)
 
+# DATASET=out/mine make dashboard; ARGS="--evaluations out/evals --votes out/votes" and the like
+dashboard: $(ALL) ## show a dataset in the browser, ./out/demo unless DATASET names another
+	@$(VENV_PYTHON) -m cluster dashboard $(or $(DATASET),out/demo) $(ARGS)
+
 # What `scene` and, with detectron2, object_class, multiple_objects, color and spatial_relationship
 # are measured in. Where github.com cannot be reached: make vbench-env DETECTRON2=/path/to/checkout
 vbench-env: $(VBENCH) ## build .venv-vbench, VBench's own environment, for dimensions that need it
 	@$(VBENCH_PYTHON) -m evals.environments $(if $(DETECTRON2),"$(DETECTRON2)")
 
 # Debian splits python3-venv off from python3: nothing can be set up without it.
-system-deps: ## install the Debian packages that only tests need (ffmpeg), as root or with sudo
+system-deps: ## install the Debian packages that only tests need (ffmpeg, chromium), as root or with sudo
 	@missing=; \
 	command -v ffmpeg >/dev/null || missing="$$missing ffmpeg"; \
+	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	command -v chromedriver >/dev/null || missing="$$missing chromium-driver"; \
 	"$(INTERPRETER)" -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	if [ -z "$$missing" ]; then echo "system-deps: nothing to install"; exit; fi; \
 	install="apt-get install -y --no-install-recommends$$missing"; \

@@ -281,8 +281,44 @@ RUNS = pa.schema(
         field("frames_decoded", pa.int64(), "frames decoded by this run"),
         field("interrupted", pa.bool_(), "stopped before the end"),
         field("counts", _text, "sources, clips and reasons at the end, as JSON"),
+        field("night", _text, "date of a nightly evaluation, YYYY-MM-DD; null for others"),
     ]
 )
+
+TRAIN_METRICS = pa.schema(
+    [
+        field("run", _text, "folder of the training run"),
+        field("stage", _text, "stage that was trained"),
+        field("step", pa.int64(), "from 0"),
+        field("figures", _text, "what was logged, as JSON: loss, learning rate, samples/s …"),
+        field("loss", _real, "of the step, mean over its batch"),
+    ]
+)
+"""A Lance table of its own in the folder of a training run, `train_metrics.lance`."""
+
+VOTES = pa.schema(
+    [
+        pa.field(
+            "vote_id",
+            _text,
+            nullable=False,
+            metadata={
+                "about": "uuid5 of study, item, question and voter",
+                "lance-schema:unenforced-primary-key": "true",
+            },
+        ),
+        field("study", _text, "fingerprint of the study: its videos, questions and seed"),
+        field("item_id", _text, "which videos were shown together"),
+        field("prompt", _text, "that they were made of"),
+        field("question", _text, "which of the study's questions"),
+        field("voter_id", _text, "hash of the code that the voter came with"),
+        field("shown", pa.list_(_text), "models, in the order in which their videos were shown"),
+        field("chosen", pa.list_(_text), "models of the videos that were chosen"),
+        field("seconds", _real, "from the first sight of the item to the vote", unit="s"),
+        field("created_at", pa.timestamp("us", "UTC"), "when it was stored"),
+    ]
+)
+"""A Lance table of its own, at the path given by `--votes`: all that a page writes to."""
 
 GIVEN = ("caption_original",)
 """Columns of clips that a source may come without: what reads them does not apply then."""

@@ -96,8 +96,14 @@ def read(root: str, name: str, version: int | None = None) -> lance.LanceDataset
     uri = table_uri(root, name)
     try:
         return lance.dataset(uri, version=version, storage_options=storage.lance_options(uri))
-    except ValueError as error:
-        raise DatasetError(f"{root}: its table {name!r} cannot be opened: {error}") from error
+    except (ValueError, OSError) as error:
+        if f"{name}.lance" not in storage.names_in(root):
+            raise DatasetError(
+                f"{root} has no table {name!r}: an earlier version made it, and the next run of"
+                " pipelines/curate.py or `python -m evals run` on it adds what is missing"
+            ) from error
+        said = str(error).splitlines()[0]
+        raise DatasetError(f"{root}: its table {name!r} cannot be opened: {said}") from error
 
 
 def identity(root: str) -> dict[str, Any]:
@@ -112,6 +118,10 @@ def identity(root: str) -> dict[str, Any]:
         raise DatasetError(
             f"{root} holds no dataset: give the folder that `pipelines/curate.py --dst` named"
         ) from None
+    except (ValueError, OSError) as error:
+        raise DatasetError(f"{root}: its dataset.json cannot be read: {error}") from error
+    if not isinstance(found, dict) or not {"format", "recipe"} <= found.keys():
+        raise DatasetError(f"{root}: its dataset.json is not one that this program wrote")
     if found["format"] > FORMAT:
         raise DatasetError(
             f"{root} has layout {found['format']}, and this program reads up to {FORMAT}: update it"

@@ -135,7 +135,7 @@ def cluster() -> Iterator[Cluster]:
     repository, home = Path(folder, "repository"), Path(folder, "home")
     home.mkdir()
     # as it lies on a cluster's machines, not installed
-    for name in ("engine", "pipelines", "trainers", "evals"):
+    for name in ("engine", "pipelines", "trainers", "evals", "cluster"):
         shutil.copytree(
             REPOSITORY / name, repository / name, ignore=shutil.ignore_patterns("__pycache__")
         )
@@ -490,3 +490,34 @@ def spans(samples: Path, tiny_home: Path, tmp_path_factory: pytest.TempPathFacto
     flags = ("--models", "tiny", "--set", *loose)
     _made("curate", "long", "--src", src, "--dst", dst, *flags, home=tiny_home)
     return dst
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium: see `pages.Browser`."""
+    from pages import Browser
+
+    made = Browser(tool("chromium"), tool("chromedriver"))
+    yield made
+    made.quit()
+
+
+@pytest.fixture(scope="session")
+def serve() -> Iterator[Callable[..., str]]:
+    """Starts `python -m cluster dashboard` or `vote`; gives its address.
+
+    serve("dashboard", dataset, "--votes", path). The same again is the same server.
+    """
+    from pages import Server
+
+    servers: dict[tuple[str, ...], Server] = {}
+
+    def start(*arguments: object) -> str:
+        line = tuple(map(str, arguments))
+        if line not in servers:
+            servers[line] = Server(line, free_ports(1)[0])
+        return servers[line].url
+
+    yield start
+    for server in servers.values():
+        server.stop()

@@ -1,0 +1,1 @@
+"""Where it runs: Ray cluster files, Kubernetes manifests, preflight, submission, dashboard."""

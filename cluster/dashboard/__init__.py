@@ -1,0 +1,1 @@
+"""Pages over the Lance tables of a dataset: Streamlit, with DuckDB over what Lance scans."""

@@ -1,0 +1,145 @@
+"""Starts the dashboard: Streamlit in a process of its own, on localhost unless told otherwise."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cluster.dashboard.places import Places
+from engine import command
+from engine.tables import identity
+
+APP = Path(__file__).with_name("app.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Server:
+    host: str = "127.0.0.1"
+    """Address to listen on: only this machine by default. There is no login."""
+    port: int = 8501
+    """Port to listen on."""
+    theme: Literal["light", "dark"] | None = None
+    """In place of what the browser prefers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dashboard(_Server):
+    """Shows the tables of a dataset in the browser; nothing is written but votes."""
+
+    dataset: tyro.conf.Positional[str]
+    """That `pipelines/curate.py --dst` or `python -m evals run --dst` named."""
+    evaluations: str | None = None
+    """Dataset with the evaluations, where it is another one."""
+    training: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER")] = ()
+    """Folders of training runs."""
+    votes: str | None = None
+    """Shows the vote page as well, which writes there."""
+    study: Literal["rise", "mimir"] = "rise"
+    """What is voted on."""
+    models: tuple[str, ...] = ()
+    """Of the study; by default all that the evaluation has."""
+    reference: str | None = None
+    """Of mimir: the model that the others are compared with; by default the first."""
+    cache: str = "~/.cache/reelwright/playable"
+    """Folder for clips that were made playable."""
+    cache_gb: float = 2.0
+    """What that folder may hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote(_Server):
+    """Shows the blind comparison alone: what its voters get."""
+
+    dataset: tyro.conf.Positional[str]
+    """With the evaluation whose videos are compared."""
+    votes: str
+    """Where votes are stored."""
+    study: Literal["rise", "mimir"] = "rise"
+    """What is voted on."""
+    models: tuple[str, ...] = ()
+    """By default all that the evaluation has."""
+    reference: str | None = None
+    """Of mimir: the model that the others are compared with; by default the first."""
+
+
+def serve(args: Dashboard) -> int:
+    """`python -m cluster dashboard`."""
+    root = command.destination(args.dataset)
+    return _run(
+        args,
+        Places(
+            dataset=root,
+            evaluations=command.destination(args.evaluations) if args.evaluations else root,
+            training=tuple(command.destination(folder) for folder in args.training),
+            cache=command.destination(args.cache),
+            cache_bytes=int(args.cache_gb * 1e9),
+            votes=command.destination(args.votes) if args.votes else None,
+            study=args.study,
+            models=args.models,
+            reference=args.reference,
+        ),
+    )
+
+
+def serve_vote(args: Vote) -> int:
+    """`python -m cluster vote`."""
+    root = command.destination(args.dataset)
+    return _run(
+        args,
+        Places(
+            dataset=root,
+            evaluations=root,
+            votes=command.destination(args.votes),
+            study=args.study,
+            models=args.models,
+            reference=args.reference,
+            only_vote=True,
+        ),
+    )
+
+
+def _run(args: _Server, places: Places) -> int:
+    """Checks, then runs Streamlit until it is stopped."""
+    if not find_spec("streamlit") or not find_spec("duckdb"):
+        raise ValueError(
+            "the dashboard needs streamlit and duckdb: make setup, or"
+            " pip install -c constraints.txt '.[dashboard]'"
+        )
+    for root in dict.fromkeys((places.dataset, places.evaluations)):
+        identity(root)  # or one line that says what is wrong
+    command.err.print(f"http://{args.host}:{args.port}  {places.dataset}", highlight=False)
+    process = subprocess.Popen(command_line(args, places), env=os.environ | {"PYTHONPATH": ""})
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        return 0
+
+
+def command_line(args: _Server, places: Places) -> list[str]:
+    """What is run."""
+    from cluster.dashboard.look import THEME
+
+    settings = {
+        "server.address": args.host,
+        "server.port": args.port,
+        "server.headless": "true",
+        "server.fileWatcherType": "none",
+        "browser.gatherUsageStats": "false",
+        "client.toolbarMode": "minimal",
+        "client.showErrorDetails": "none",
+    }
+    settings |= THEME
+    if args.theme:
+        settings["theme.base"] = args.theme
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    return [sys.executable, "-m", "streamlit", "run", str(APP), *flags, "--", places.to_json()]
