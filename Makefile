@@ -32,7 +32,7 @@ setup: $(ALL) ## install everything (all extras) into .venv
 demo: $(DEMO) ## curate the sample corpus into ./out/demo; installs only what that needs
 	@$(VENV_PYTHON) pipelines/curate.py
 
-# In two processes, one of them with all that needs Ray; ARGS="-n 0" is one.
+# In two processes, each with a Ray for the tests that need one; ARGS="-n 0" is one.
 test: $(ALL) ## run the test suite, with the tests marked gpu where there is an NVIDIA GPU
 	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile $(if $(shell nvidia-smi --list-gpus 2>/dev/null),-m "") $(ARGS)
 

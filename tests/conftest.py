@@ -34,20 +34,23 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n`: files that run on the session's Ray stay in one process, which has the only one.
+    """With `-n`: files that run on a session's Ray stay in one process, for it takes long to start.
 
-    (Its own `--dist loadgroup` does nothing under this pytest, whose ids cannot be changed.)
+    Two such groups, about as long as each other: those with models, and the others.
+    (xdist's own `--dist loadgroup` does nothing under this pytest, whose ids cannot be changed.)
     """
     from xdist.scheduler import LoadScopeScheduling
 
     asks = re.compile(r"\b(cluster: Cluster|connection: None|[rR]un: Run|curate: Curate)\b")
+    has_models = re.compile(r"\bfrom (trainers|evals)\b")
 
     class ByRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
             if file not in found:
-                on_ray = asks.search((REPOSITORY / file).read_text(encoding="utf-8"))
-                found[file] = "ray" if on_ray else file
+                text = (REPOSITORY / file).read_text(encoding="utf-8")
+                kind = "models" if has_models.search(text) else "media"
+                found[file] = f"ray, {kind}" if asks.search(text) else file
             return found[file]
 
     found: dict[str, str] = {}
