@@ -17,6 +17,7 @@ INTERPRETER := $(wordlist 2,99,$(FOUND))
 VENV_PYTHON := .venv/bin/python
 CREATED := .venv/.created-$(PYTHON_VERSION)
 DEMO := .venv/.has-demo
+DASHBOARD := .venv/.has-dashboard
 ALL := .venv/.has-all
 VBENCH_PYTHON := .venv-vbench/bin/python
 # Of the pins it was built from: other pins build another.
@@ -44,7 +45,7 @@ bench: $(ALL) ## measure speed and memory, and write the table of figures
 	@$(VENV_PYTHON) tests/bench.py $(ARGS)
 
 # DATASET=out/mine make dashboard; ARGS="--evaluations out/evals --votes out/votes" and the like
-dashboard: $(ALL) ## show a dataset in the browser, ./out/demo unless DATASET names another
+dashboard: $(DASHBOARD) ## show a dataset in the browser, ./out/demo unless DATASET names another
 	@$(VENV_PYTHON) -m cluster dashboard $(or $(DATASET),out/demo) $(ARGS)
 
 # What `scene` and, with detectron2, object_class, multiple_objects, color and spatial_relationship
@@ -90,10 +91,15 @@ $(DEMO): pyproject.toml constraints.txt $(CREATED)
 	@$(call install,demo)
 	@touch $@
 
+$(DASHBOARD): pyproject.toml constraints.txt $(CREATED)
+	@echo "setup: installing what the dashboard needs into .venv (log in .venv/install.log)"
+	@$(call install,demo dashboard)
+	@touch $(DEMO) $@
+
 $(ALL): pyproject.toml constraints.txt $(CREATED)
 	@echo "setup: installing all extras, PyTorch too, into .venv (minutes; log in .venv/install.log)"
 	@$(call install)
-	@touch $(DEMO) $@
+	@touch $(DEMO) $(DASHBOARD) $@
 
 # The same Python as .venv, where there is one: Ray runs both. `--no-deps`: the pins are the whole
 # list, and leave out what vbench asks for and never imports.

@@ -220,6 +220,7 @@ def test_make_alone_lists_the_targets() -> None:
         "test",
         "lint",
         "bench",
+        "dashboard",
         "vbench-env",
         "system-deps",
         "clean",

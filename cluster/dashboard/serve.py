@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -116,7 +115,7 @@ def _run(args: _Server, places: Places) -> int:
     for root in dict.fromkeys((places.dataset, places.evaluations)):
         identity(root)  # or one line that says what is wrong
     command.err.print(f"http://{args.host}:{args.port}  {places.dataset}", highlight=False)
-    process = subprocess.Popen(command_line(args, places), env=os.environ | {"PYTHONPATH": ""})
+    process = subprocess.Popen(command_line(args, places), stdout=subprocess.DEVNULL)
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -137,6 +136,7 @@ def command_line(args: _Server, places: Places) -> list[str]:
         "browser.gatherUsageStats": "false",
         "client.toolbarMode": "minimal",
         "client.showErrorDetails": "none",
+        "logger.level": "warning",
     }
     settings |= THEME
     if args.theme:
