@@ -17,6 +17,7 @@ from engine import command
 from engine.tables import identity
 
 APP = Path(__file__).with_name("app.py")
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,10 @@ def _run(args: _Server, places: Places) -> int:
     for root in dict.fromkeys((places.dataset, places.evaluations)):
         identity(root)  # or one line that says what is wrong
     command.err.print(f"http://{args.host}:{args.port}  {places.dataset}", highlight=False)
+    if args.host not in LOCAL:
+        command.err.print(
+            f"note: whoever reaches {args.host} sees all of it: there is no login", highlight=False
+        )
     process = subprocess.Popen(command_line(args, places), stdout=subprocess.DEVNULL)
     try:
         return process.wait()
@@ -142,4 +147,6 @@ def command_line(args: _Server, places: Places) -> list[str]:
     if args.theme:
         settings["theme.base"] = args.theme
     flags = [f"--{name}={value}" for name, value in settings.items()]
+    if args.host in LOCAL:  # or a page from elsewhere could give this address a name of its own
+        flags += [f"--server.allowedHosts={host}" for host in LOCAL]
     return [sys.executable, "-m", "streamlit", "run", str(APP), *flags, "--", places.to_json()]
