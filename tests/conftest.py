@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VIDEOS = REPOSITORY.parent / "shared" / "videos"
@@ -334,14 +335,28 @@ def curate(connection: None) -> Curate:
     return call
 
 
+def once(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None] = lambda _: None
+) -> Path:
+    """A folder that is made once for all processes of this run of the tests, who only read it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / f"once_{name}"
+    with FileLock(folder.with_suffix(".lock"), timeout=280):
+        made = folder.with_suffix(".made")
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample corpus."""
     from pipelines.samples import make_samples
 
-    folder = tmp_path_factory.mktemp("samples")
-    make_samples(folder)
-    return folder
+    return once(tmp_path_factory, "samples", make_samples)
 
 
 VOLATILE = ("run_id", "mtime_ns", "frames_decoded")
@@ -427,7 +442,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
 @pytest.fixture(scope="session")
 def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the small checkpoints of this session are built, in place of the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = once(tmp_path_factory, "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
@@ -472,27 +487,35 @@ def _made(script: str, *arguments: object, home: Path) -> None:
 @pytest.fixture(scope="session")
 def quadruples(samples: Path, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset that curate.py made of some samples, with the pairs that recaption.py made."""
-    src, dst = tmp_path_factory.mktemp("some"), tmp_path_factory.mktemp("quadruples") / "set"
     chosen = "coins coffee_pan astronaut_zoom two_to_one wide square vfr turned motorcycle_hd"
-    for path in samples.iterdir():
-        if path.stem in chosen.split():
-            shutil.copy(path, src)
-    _made("curate", "--src", src, "--dst", dst, home=tiny_home)
-    _made("recaption", "--src", dst, "--models", "tiny", home=tiny_home)
-    return dst
+
+    def make(folder: Path) -> None:
+        src, dst = folder / "some", folder / "set"
+        src.mkdir()
+        for path in samples.iterdir():
+            if path.stem in chosen.split():
+                shutil.copy(path, src)
+        _made("curate", "--src", src, "--dst", dst, home=tiny_home)
+        _made("recaption", "--src", dst, "--models", "tiny", home=tiny_home)
+
+    return once(tmp_path_factory, "quadruples", make) / "set"
 
 
 @pytest.fixture(scope="session")
 def spans(samples: Path, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of the recipe `long`, captioned by small models: most of it is kept."""
-    src, dst = tmp_path_factory.mktemp("takes"), tmp_path_factory.mktemp("spans") / "set"
-    for name in ("coffee_pan.mp4", "astronaut_zoom.mp4", "two_to_one.mp4", "long_take.mp4"):
-        shutil.copy(samples / name, src)
     loose = "aesthetic_score.lo=0 watermark_score.hi=1 clip_score.lo=0 ocr_area_frac.hi=1".split()
     loose += [f"repetition_{n}gram.hi=1" for n in (2, 5, 10)]
-    flags = ("--models", "tiny", "--set", *loose)
-    _made("curate", "long", "--src", src, "--dst", dst, *flags, home=tiny_home)
-    return dst
+
+    def make(folder: Path) -> None:
+        src, dst = folder / "takes", folder / "set"
+        src.mkdir()
+        for name in ("coffee_pan.mp4", "astronaut_zoom.mp4", "two_to_one.mp4", "long_take.mp4"):
+            shutil.copy(samples / name, src)
+        flags = ("--models", "tiny", "--set", *loose)
+        _made("curate", "long", "--src", src, "--dst", dst, *flags, home=tiny_home)
+
+    return once(tmp_path_factory, "spans", make) / "set"
 
 
 @pytest.fixture(scope="session")
