@@ -62,8 +62,11 @@ def main() -> None:
         )
         for title, icon, show in shown
     ]
-    hidden = "hidden" if len(pages) == 1 else "sidebar"
-    chosen = st.navigation(pages, position=hidden)
+    # Streamlit's default page has no address of its own: nobody stays on this one
+    start = st.Page(
+        lambda: st.switch_page(pages[0]), title="Start", default=True, visibility="hidden"
+    )
+    chosen = st.navigation([start, *pages], position="hidden" if len(pages) == 1 else "sidebar")
     if not places.only_vote:
         with st.sidebar:
             st.caption(f"dataset  \n`{places.dataset}`")
