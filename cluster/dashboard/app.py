@@ -64,7 +64,10 @@ def main() -> None:
     ]
     # Streamlit's default page has no address of its own: nobody stays on this one
     start = st.Page(
-        lambda: st.switch_page(pages[0]), title="Start", default=True, visibility="hidden"
+        lambda: st.switch_page(pages[0], query_params=st.query_params.to_dict()),
+        title="Start",
+        default=True,
+        visibility="hidden",
     )
     chosen = st.navigation([start, *pages], position="hidden" if len(pages) == 1 else "sidebar")
     if not places.only_vote:

@@ -28,7 +28,13 @@ class Places:
     models: tuple[str, ...] = ()
     """Of the study; by default all that the evaluation has."""
     reference: str | None = None
-    """Of Mimir's pairs: the model that each other one is compared with."""
+    """Of Mimir's pairs: the model that is in each of them; None is every pair, as in the paper."""
+    num_prompts: int | None = None
+    """Of a new study: so many, drawn at random; None is all."""
+    samples: int | None = None
+    """Of a new study: videos of a prompt and model; None is all."""
+    voters: str | None = None
+    """File with the codes that may vote, one a line; None is any code."""
     only_vote: bool = False
     """No other page is shown: what voters see."""
 

@@ -47,7 +47,13 @@ class Dashboard(_Server):
     models: tuple[str, ...] = ()
     """Of the study; by default all that the evaluation has."""
     reference: str | None = None
-    """Of mimir: the model that the others are compared with; by default the first."""
+    """Of mimir: pairs with this model only; by default every pair, as in the paper."""
+    num_prompts: int | None = None
+    """Of a new study: so many prompts, drawn at random (Mimir: 20); by default all."""
+    samples: int | None = None
+    """Of a new study: videos of a prompt and model (both papers: 1); by default all."""
+    voters: str | None = None
+    """File with the codes that may vote, one a line; by default any code."""
     cache: str = "~/.cache/reelwright/playable"
     """Folder for clips that were made playable."""
     cache_gb: float = 2.0
@@ -67,7 +73,13 @@ class Vote(_Server):
     models: tuple[str, ...] = ()
     """By default all that the evaluation has."""
     reference: str | None = None
-    """Of mimir: the model that the others are compared with; by default the first."""
+    """Of mimir: pairs with this model only; by default every pair, as in the paper."""
+    num_prompts: int | None = None
+    """Of a new study: so many prompts, drawn at random (Mimir: 20); by default all."""
+    samples: int | None = None
+    """Of a new study: videos of a prompt and model (both papers: 1); by default all."""
+    voters: str | None = None
+    """File with the codes that may vote, one a line; by default any code."""
 
 
 def serve(args: Dashboard) -> int:
@@ -85,6 +97,9 @@ def serve(args: Dashboard) -> int:
             study=args.study,
             models=args.models,
             reference=args.reference,
+            num_prompts=args.num_prompts,
+            samples=args.samples,
+            voters=command.destination(args.voters) if args.voters else None,
         ),
     )
 
@@ -101,6 +116,9 @@ def serve_vote(args: Vote) -> int:
             study=args.study,
             models=args.models,
             reference=args.reference,
+            num_prompts=args.num_prompts,
+            samples=args.samples,
+            voters=command.destination(args.voters) if args.voters else None,
             only_vote=True,
         ),
     )
@@ -115,6 +133,8 @@ def _run(args: _Server, places: Places) -> int:
         )
     for root in dict.fromkeys((places.dataset, places.evaluations)):
         identity(root)  # or one line that says what is wrong
+    if places.only_vote:
+        _check_study(places)
     command.err.print(f"http://{args.host}:{args.port}  {places.dataset}", highlight=False)
     if args.host not in LOCAL:
         command.err.print(
@@ -127,6 +147,25 @@ def _run(args: _Server, places: Places) -> int:
         process.send_signal(signal.SIGTERM)
         process.wait()
         return 0
+
+
+def _check_study(places: Places) -> None:
+    """Makes the study, or opens it: what is wrong is told here, for voters are not told."""
+    from evals import votes
+
+    assert places.votes
+    if places.voters:
+        votes.voters_of(places.voters)
+    study = votes.open_study(
+        places.votes,
+        places.evaluations,
+        places.study,  # type: ignore[arg-type]
+        models=places.models,
+        reference=places.reference,
+        num_prompts=places.num_prompts,
+        samples=places.samples,
+    )
+    command.err.print(f"{len(study.items):,} items to vote on", highlight=False)
 
 
 def command_line(args: _Server, places: Places) -> list[str]:
