@@ -1,19 +1,23 @@
 """Generates videos with models, scores them with VBench, measures drift, prints the papers' tables.
 
     python -m evals run     RECIPE --models a=FOLDER b=FOLDER --dst DATASET
+    python -m evals nightly RECIPE --exports FOLDER --dst DATASET --out REPORT
     python -m evals table   DATASET [PRESET ...]      of what is scored
     python -m evals compare DATASET A B               which differences are beyond their noise
     python -m evals drift   DATASET                   how scores change within videos
     python -m evals runs    DATASET                   what was evaluated, and when
     python -m evals videos  DATASET MODEL FOLDER      files as VBench names them
+    python -m evals votes   VOTES                     tables of a blind comparison by people
     python -m evals weights RECIPE                    what is missing, and how to fetch it
 
 A model is an export of `trainers`, a diffusers pipeline, an http:// endpoint, or a folder of
-finished videos. Run the same command again to go on after an interruption.
+finished videos. Run the same command again to go on after an interruption. `nightly` ends with
+exit code 3 where a score fell beyond its noise.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from dataclasses import dataclass
@@ -32,6 +36,7 @@ from engine.session import connected
 from engine.tables import DatasetError, LeaseLost
 from evals import showing
 from evals.recipes import NAMES, TINY
+from evals.votes import Votes, votes
 
 _NAMES = "\n".join(
     [
@@ -89,6 +94,30 @@ class Run:
     """Silence after which another machine may take this dataset over."""
     json: bool = False
     """One JSON object on standard output, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nightly(Run):
+    """Evaluates the newest exports once a night, and compares them with those of earlier nights."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=WHERE")] = ()
+    """What is evaluated: folders or endpoints."""
+    exports: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]FOLDER")] = ()
+    """The newest finished export below NAME=FOLDER, or below each folder in FOLDER."""
+    out: str | None = None
+    """Folder or URI for report.md, report.json and report.html."""
+    date: str | None = None
+    """Of the night, as YYYY-MM-DD; by default today's in UTC. A finished one is not done again."""
+    nights: int = 7
+    """Exports that tonight's is compared with, at most."""
+    since: str | None = None
+    """Date of the first night that is compared with: accepts what regressed before."""
+    tolerance: float = 0.0
+    """A fall of no more than this is no regression, of scores from 0 to 1."""
+    webhook: str | None = None
+    """Address that regressions are posted to; better in the environment, as EVALS_WEBHOOK."""
+    webhook_always: bool = False
+    """Post nights without a regression, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +214,13 @@ class Weights:
 
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Nightly, tyro.conf.subcommand("nightly")]
     | Annotated[Show, tyro.conf.subcommand("table")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Drift, tyro.conf.subcommand("drift")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Videos, tyro.conf.subcommand("videos")]
+    | Annotated[Votes, tyro.conf.subcommand("votes")]
     | Annotated[Weights, tyro.conf.subcommand("weights")]
 )
 
@@ -199,11 +230,11 @@ def main() -> int:
     args = command.arguments(Command, f"{__doc__}\nRecipes:\n\n{_NAMES}")  # type: ignore[arg-type]
     command.set_up_logging()
     does = {
-        Run: run, Show: show, Compare: compare, Drift: drift, Runs: runs, Videos: videos,
-        Weights: weights,
+        Run: run, Nightly: nightly, Show: show, Compare: compare, Drift: drift, Runs: runs,
+        Videos: videos, Weights: weights, Votes: votes,
     }  # fmt: skip
     try:
-        does[type(args)](args)
+        return does[type(args)](args) or 0
     except (DatasetError, ValueError) as error:
         command.fail(str(error))
     except (LeaseLost, ConnectionError, Unloadable) as error:
@@ -242,6 +273,66 @@ def run(args: Run) -> None:
     for table in tables:
         command.out.print(table.rich())
     showing.tell(command.out, done, written)
+
+
+def nightly(args: Nightly) -> int:
+    """`python -m evals nightly`."""
+    from evals import webhook
+
+    url = webhook.address(args.webhook)
+    try:
+        report, is_new = _night(args)
+    except (ValueError, LeaseLost, ConnectionError, Unloadable, OSError) as error:
+        if url and not (isinstance(error, DatasetError) and "is in use by run" in str(error)):
+            webhook.post(url, webhook.failed(args.date or "", args.recipe, error))
+        raise
+    if url and is_new and (report.has_regressed or args.webhook_always):
+        webhook.post(url, webhook.told(report))
+    return report.exit_code
+
+
+def _night(args: Nightly) -> tuple[Any, bool]:
+    """Does what is left of a night and prints its report; tells whether anything was left."""
+    from evals import exports, night_page, pictures
+    from evals import nightly as nights
+    from evals.trend import trend
+
+    asked = ("recipe", "set", "prompts", "enhanced", "dimensions", "drift", "skip_unavailable",
+             "num_prompts", "samples", "static_filter", "seed", "implementation")  # fmt: skip
+    tonight = nights.Tonight(
+        root=command.destination(args.dst),
+        date=args.date or nights.today(),
+        recipe=args.recipe,
+        asked=nights.fingerprint({name: getattr(args, name) for name in asked}),
+        models=nights.models_of(args.models),
+        exports=exports.models_in(args.exports),
+        nights=args.nights,
+        tolerance=args.tolerance,
+        since=args.since,
+    )
+    if args.out:
+        pictures.check()
+    with _Bars() as bars:
+        report, is_new = nights.night(
+            tonight,
+            lambda specs: request_of(dataclasses.replace(args, models=tuple(specs))),
+            connect=lambda: connected(args.workers),
+            watch=bars.watch,
+            say=lambda line: command.err.print(line, highlight=False, markup=False, soft_wrap=True),
+            again=args.retry_failed,
+        )
+    points = [p for p in trend(tonight.root, tonight.recipe) if p.date <= tonight.date]
+    written = night_page.write(report, points, command.destination(args.out)) if args.out else []
+    if args.json:
+        command.print_json(night_page.to_json(report, points) | {"files": written})
+        return report, is_new
+    for table in night_page.tables(report):
+        command.out.print(table)
+    for line in report.sentences():
+        command.out.print(line, highlight=False, markup=False, soft_wrap=True)
+    for path in written:
+        command.out.print(path, highlight=False, soft_wrap=True, style="dim")
+    return report, is_new
 
 
 def request_of(args: Run) -> Any:

@@ -49,6 +49,10 @@ class Plan:
     is_filtered: bool
     """Flickering is measured on what VBench's static filter leaves."""
     run_id: str = ""
+    night: str | None = None
+    """Date of a nightly evaluation."""
+    videos: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """By folder of finished videos what it held when the run ended; see `held`."""
 
     def model(self, name: str) -> Mapping[str, Any]:
         """What the run says of a model."""
@@ -56,7 +60,8 @@ class Plan:
 
     def resolved(self) -> str:
         """As JSON, for `runs.resolved`."""
-        return json.dumps({**vars(self), "suite": json.loads(self.suite.to_json())})
+        said = {name: x for name, x in vars(self).items() if name not in ("night", "videos")}
+        return json.dumps(said | {"suite": json.loads(self.suite.to_json())})
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Plan:
@@ -74,6 +79,8 @@ class Plan:
             is_tiny=said["is_tiny"],
             is_filtered=said["is_filtered"],
             run_id=row["run_id"],
+            night=row.get("night"),
+            videos=json.loads(row.get("counts") or "{}").get("videos", {}),
         )
 
 
@@ -84,8 +91,10 @@ def runs_of(root: str, recipe: str | None = None) -> list[dict[str, Any]]:
         DatasetError: There is no dataset.
     """
     name = f"{KIND}{recipe}" if recipe else KIND
+    table = read(root, "runs")
     columns = ["run_id", "recipe", "resolved", "started_at", "seconds", "interrupted", "counts"]
-    rows = read(root, "runs").to_table(columns=columns, filter=f"starts_with(recipe, '{name}')")
+    columns += ["night"] if "night" in table.schema.names else []  # not of an earlier version
+    rows = table.to_table(columns=columns, filter=f"starts_with(recipe, '{name}')")
     found = [r for r in rows.to_pylist() if recipe is None or r["recipe"] == name]
     return sorted(found, key=lambda r: r["started_at"], reverse=True)
 
@@ -129,10 +138,19 @@ class Results:
             p for p in found if (p.suite.digest, p.clips) == (newest.suite.digest, newest.clips)
         ]
         asked = models or dict.fromkeys(m["name"] for plan in alike for m in plan.models)
-        made = cls(plan=newest, models={one: _plan_of(root, alike, one) for one in asked})
-        for one, plan in made.models.items():
-            made._rows[one] = _Stored.read(root, _name(one), plan)
-        return made
+        return cls.of(root, newest, {one: _plan_of(root, alike, one) for one in asked})
+
+    @classmethod
+    def of(cls, root: str, plan: Plan, models: Mapping[str, Plan]) -> Results:
+        """Reads the scores of models, each as a run has it.
+
+        Args:
+            root: The dataset.
+            plan: The newest of the runs.
+            models: By NAME or NAME@RUN.
+        """
+        rows = {one: _Stored.read(root, _name(one), of) for one, of in models.items()}
+        return cls(plan=plan, models=dict(models), _rows=rows)
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -296,14 +314,19 @@ class _Stored:
 
     @classmethod
     def read(cls, root: str, name: str, plan: Plan) -> _Stored:
+        videos = _as_held(plan, name)
+        if videos is None:
+            videos = videos_of(root, plan.model(name), plan.seed)
+        ids = pa.array({row["generation_id"] for row in videos.values()}, pa.string())
+        fingerprints = pa.array({m["fingerprint"] for m in plan.metrics.values()}, pa.string())
         quoted = name.replace("'", "''")
-        scores = read(root, "scores").to_table(filter=f"model = '{quoted}'")
-        fingerprints = {m["fingerprint"] for m in plan.metrics.values()}
-        scores = scores.filter(pc.is_in(scores["fingerprint"], pa.array(fingerprints, pa.string())))
         by_key: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-        for row in scores.to_pylist():
-            by_key[row["generation_id"], row["dimension"]].append(row)
-        return cls(videos=videos_of(root, plan.model(name), plan.seed), scores=by_key)
+        # of a model that is evaluated every night the table holds far more than what is wanted
+        for batch in read(root, "scores").to_batches(filter=f"model = '{quoted}'"):
+            batch = batch.filter(pc.is_in(batch["generation_id"], ids))
+            for row in batch.filter(pc.is_in(batch["fingerprint"], fingerprints)).to_pylist():
+                by_key[row["generation_id"], row["dimension"]].append(row)
+        return cls(videos=videos, scores=by_key)
 
     def all_of(
         self, plan: Plan, prompt: Prompt, sample: int, dimension: str
@@ -382,8 +405,12 @@ def videos_of(
     By prompt, text and sample; where there are several, the newest.
     """
     columns = [n for n in read(root, "generations").schema.names if n != "mp4"]
-    quoted = model["name"].replace("'", "''")
-    rows = read(root, "generations").to_table(columns=columns, filter=f"model = '{quoted}'")
+    wanted = {n: model[n] for n in ("name", "checkpoint") if model[n] is not None}
+    quoted = {n: value.replace("'", "''") for n, value in wanted.items()}
+    where = f"model = '{quoted['name']}'"
+    if "checkpoint" in quoted:
+        where += f" AND checkpoint = '{quoted['checkpoint']}'"
+    rows = read(root, "generations").to_table(columns=columns, filter=where)
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     for row in sorted(rows.to_pylist(), key=lambda r: r["created_at"]):
         if row["model_kind"] != model["kind"] or row["checkpoint"] != model["checkpoint"]:
@@ -393,3 +420,27 @@ def videos_of(
         ):
             found[row["prompt"], row["text"], row["sample"]] = row
     return found
+
+
+_HELD = ("generation_id", "num_frames", "fps", "error")
+
+
+def held(suite: Suite, videos: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> list[Any]:
+    """What a folder holds of a suite, for `runs`: a later import takes the place of its videos.
+
+    In the order of `Suite.videos`; None where there is no video.
+    """
+    rows = (videos.get((p.prompt, p.text, sample)) for p, sample in suite.videos())
+    return [row and [row[name] for name in _HELD] for row in rows]
+
+
+def _as_held(plan: Plan, name: str) -> dict[tuple[str, str, int], dict[str, Any]] | None:
+    """Videos of a folder as a run found them; None where the run did not say."""
+    if name not in plan.videos:
+        return None
+    rows = zip(plan.suite.videos(), plan.videos[name], strict=True)
+    return {
+        (p.prompt, p.text, sample): dict(zip(_HELD, row, strict=True))
+        for (p, sample), row in rows
+        if row is not None
+    }

@@ -8,12 +8,13 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import engine.lease
+from engine import observe
 from engine.lease import Lease
 from engine.provenance import provenance
 from engine.schema import RUNS
@@ -21,7 +22,7 @@ from engine.tables import Writer, create
 from evals import generating, importing, scoring, segments
 from evals.dimensions import DIMENSIONS
 from evals.drift import needed_segments
-from evals.evaluation import KIND, Plan, videos_of
+from evals.evaluation import KIND, Plan, held, videos_of
 from evals.metric import Metric
 from evals.models import Model
 from evals.recipes import Recipe
@@ -52,6 +53,8 @@ class Request:
     retry_failed: bool = False
     commit_every_s: float = 10.0
     lease_expiry_s: float = engine.lease.EXPIRY_S
+    night: str | None = None
+    """Date of a nightly evaluation, YYYY-MM-DD."""
 
     @property
     def plan(self) -> Plan:
@@ -72,6 +75,7 @@ class Request:
             drift=self.recipe.drift,
             is_tiny=self.recipe.is_tiny,
             is_filtered=self.static is not None,
+            night=self.night,
         )
 
 
@@ -91,8 +95,15 @@ def run(
     *,
     connect: Callable[[], AbstractContextManager[Any]],
     watch: Callable[[Any], None] = lambda _: None,
+    conclude: Callable[[Done], Mapping[str, Any]] = lambda _: {},
 ) -> Done:
     """Generates or imports what is missing and scores it; the same call again goes on.
+
+    Args:
+        request: What is to be done.
+        connect: To Ray, where something is to do.
+        watch: Called with the run's progress.
+        conclude: Says what is recorded beside the counts. The run has ended when that is stored.
 
     Raises:
         DatasetError: The dataset cannot be written to, or is in use.
@@ -102,15 +113,21 @@ def run(
     """
     run_id, began = str(uuid.uuid4()), time.monotonic()
     _make(request.root)
-    with Lease(request.root, run_id, request.lease_expiry_s), ExitStack() as stack:
+    with (
+        observe.of_run(run_id),
+        Lease(request.root, run_id, request.lease_expiry_s),
+        ExitStack() as stack,
+    ):
         writer = Writer(request.root, run_id)
         running = _Running(request, writer, connect, watch, stack)
         running.record(seconds=None)
         generated = running.generate()
         scored = running.score()
         seconds = time.monotonic() - began
-        running.record(seconds=seconds, counts={"scores": dataclasses.asdict(scored)})
-    return Done(run_id=run_id, generated=generated, scored=scored, seconds=seconds)
+        done = Done(run_id=run_id, generated=generated, scored=scored, seconds=seconds)
+        counts = {"scores": dataclasses.asdict(scored), "videos": running.held()}
+        running.record(seconds=seconds, counts=counts | dict(conclude(done)))
+    return done
 
 
 def _make(root: str) -> None:
@@ -157,6 +174,7 @@ class _Running:
                 "seconds": seconds,
                 "interrupted": seconds is None,
                 "counts": json.dumps(counts or {}),
+                "night": self.request.night,
             }
         )
         self.writer.add_run(row)
@@ -222,6 +240,15 @@ class _Running:
             )
         ]
         return scoring.score(self.writer, asks, request.metrics, **how)
+
+    def held(self) -> dict[str, Any]:
+        """What folders hold, which their next import may replace."""
+        request = self.request
+        return {
+            m.name: held(request.suite, videos_of(request.root, m.describe(), request.seed))
+            for m in request.models
+            if m.kind == "folder"
+        }
 
     def _static(
         self, static: Metric, videos: dict[tuple[str, str, int], dict[str, Any]]
