@@ -9,6 +9,7 @@ python -m cluster vote      DATASET --votes PATH …   the blind comparison alon
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 # Ray reads these when it is imported; it must not start anew in a thread that Ctrl-C leaves behind.
@@ -19,7 +20,7 @@ import tyro
 
 from cluster.check import Check, check
 from cluster.dashboard.serve import Dashboard, Vote, serve, serve_vote
-from cluster.submit import Submit, submit
+from cluster.submit import Submit, submit, with_separator
 from engine import command
 from engine.tables import DatasetError
 
@@ -33,6 +34,7 @@ Command = (
 
 def main() -> int:
     """Does what the command line says; gives the exit code."""
+    sys.argv = with_separator(sys.argv)
     args = command.arguments(Command, __doc__ or "")  # type: ignore[arg-type]
     command.set_up_logging()
     does = {Check: check, Submit: submit, Dashboard: serve, Vote: serve_vote}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import io
 import json
@@ -321,6 +322,8 @@ class Tree(torch.nn.Module):
 
 def test_openai_weights_by_tag_file_folder_and_archive(known, tiny, tmp_path, photos):
     """All give the numbers that open-clip's loader of OpenAI's checkpoints gives."""
+    from open_clip import pretrained
+
     known()
     plain = open_clip.create_model("ViT-tiny", str(tiny / "open_clip_model.safetensors"))
     state, archive = tmp_path / "state.pt", tmp_path / "archive.pt"
@@ -329,6 +332,13 @@ def test_openai_weights_by_tag_file_folder_and_archive(known, tiny, tmp_path, ph
     # OpenAI's come as TorchScript with three numbers beside the weights
     extra = {n: torch.tensor(1.0) for n in ("input_resolution", "context_length", "vocab_size")}
     torch.jit.save(torch.jit.script(Tree(plain.half().state_dict() | extra)), archive)
+    with pytest.raises(
+        ValueError, match="TorchScript archive, which can hold code, and not OpenAI"
+    ):
+        ClipModel(name="ViT-tiny", weights=Weights(at=str(archive))).load("image")
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    listed = pretrained._PRETRAINED["ViT-tiny"]["openai"]
+    listed["url"] = f"https://models/{sha256}/ViT-tiny.pt"
 
     *_, preprocess = open_clip.create_model_and_transforms("ViT-tiny", "openai")
     picture = preprocess(Image.open(io.BytesIO(photos[0]))).unsqueeze(0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,34 @@ def test_a_job_that_has_bad_input_fails(cluster: Cluster) -> None:
         timeout=120,
     )
     assert done.returncode != 0
+
+
+def jobs_of(cluster: Cluster, token: str | None) -> tuple[int, str]:
+    """The list of jobs as HTTP gives it: status and text."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"{cluster.dashboard}/api/jobs/", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_nobody_gets_in_without_the_token_and_no_job_shows_it(cluster: Cluster) -> None:
+    assert jobs_of(cluster, None)[0] == 401
+    assert jobs_of(cluster, "0" * 64)[0] == 403
+    status, text = jobs_of(cluster, cluster.env["RAY_AUTH_TOKEN"])
+    assert status == 200 and isinstance(json.loads(text), list)
+    assert cluster.env["RAY_AUTH_TOKEN"] not in text
+
+
+def test_a_used_id_is_refused(cluster: Cluster) -> None:
+    line = [RAY, "job", "submit", "--no-wait", "--submission-id", "only-once", "--", "true"]
+    codes = []
+    for _ in range(2):
+        done = subprocess.run(
+            line, env=cluster.job_env(), capture_output=True, text=True, timeout=120
+        )
+        codes.append(done.returncode)
+    assert codes == [0, 1]
+    assert "already exists" in done.stdout + done.stderr

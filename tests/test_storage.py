@@ -272,7 +272,7 @@ def test_put_if_absent_refuses_a_store_that_cannot_promise_it() -> None:
     with pytest.raises(
         ValueError, match="needs a store that writes a name only where it is absent"
     ):
-        storage.put_if_absent("http://127.0.0.1:1/a", b"1")
+        storage.put_if_absent("hf://datasets/someone/videos/a", b"1")
 
 
 def test_written_files_can_be_read_by_others(tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ def seconds(value: float | None) -> str:
     return f"{value / 86_400:.1f} d"
 
 
+def hours(value: float | None) -> str:
+    """An amount of video: 45 s, 12.4 min, 1,234.5 h."""
+    if value is None:
+        return "–"
+    for limit, unit, each in ((120, "s", 1), (7_200, "min", 60)):
+        if value < limit:
+            return f"{value / each:.1f} {unit}"
+    return f"{value / 3600:,.1f} h"
+
+
 def size(num_bytes: int | None) -> str:
     """A size as people read it: 512 B, 3.4 MB."""
     if num_bytes is None:
@@ -92,3 +102,8 @@ def size(num_bytes: int | None) -> str:
 def chart(made: alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart) -> None:
     """Shows a chart in Streamlit's theme, as wide as its place."""
     st.altair_chart(made, width="stretch", theme="streamlit")
+
+
+def meaningless(what: str) -> None:
+    """Over numbers and videos of small random models."""
+    st.warning(f"**MEANINGLESS**: {what}.", icon=":material/science:")
