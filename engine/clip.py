@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from engine import storage
 from engine.operator import Failed, Operator, resource, results
 from engine.schema import CLIPS, EMBEDDING
 from engine.weights import Weights
@@ -68,8 +69,8 @@ class ClipModel:
     """Architecture, as open-clip names it; a folder brings its own."""
     weights: str | Weights = "openai"
     """A tag of open-clip, whose weights lie in the cache of the Hugging Face hub; or a file (any
-    that open-clip reads, and OpenAI's own TorchScript archives); or a folder (or hub id) with
-    open_clip_config.json and weights."""
+    that open-clip reads, and OpenAI's own TorchScript archives, told by their hashes); or a folder
+    (or hub id) with open_clip_config.json and weights."""
     tag: str | None = None
     """Which training a local file comes from: says how it was trained. None: `openai`."""
     quick_gelu: bool | None = None
@@ -156,12 +157,14 @@ class ClipModel:
         from safetensors import SafetensorError
 
         found = self._find()
+        is_archive = found.file is not None and _is_torchscript(found.file)
+        if is_archive:
+            _check_archive(found.file, self.name)
         try:
             model, _, preprocess = open_clip.create_model_and_transforms(
                 found.at,
                 pretrained=str(found.file) if found.file else None,
-                # A TorchScript archive holds no pickle, and open-clip reads it only this way.
-                weights_only=not (found.file and _is_torchscript(found.file)),
+                weights_only=not is_archive,  # which open-clip reads only so
                 **{f"image_{key}": found.trained.get(key) for key in _PREPROCESS},
                 quick_gelu=found.quick_gelu,
             )
@@ -259,6 +262,8 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no configuration of open-clip: it needs model_cfg") from error
     if missing:
         raise ValueError(f"{file} is no configuration of open-clip: no {', '.join(missing)}")
+    if named := config["text_cfg"].get("hf_model_name"):  # whose own code open-clip would ask about
+        raise ValueError(f"{file} takes its text tower from {named!a}: one of CLIP's own is needed")
     return config
 
 
@@ -296,8 +301,24 @@ def _is_torchscript(file: Path) -> bool:
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:
-        tops, _, rest = zip(*(n.partition("/") for n in archive.namelist()), strict=True)
-    return len(set(tops)) == 1 and "constants.pkl" in rest
+        names = [name.partition("/") for name in archive.namelist()]
+    return len({top for top, _, _ in names}) == 1 and "constants.pkl" in [n for *_, n in names]
+
+
+def _check_archive(file: Path, name: str) -> None:
+    """Raises ValueError unless it is OpenAI's own: a TorchScript archive can run code on loading.
+
+    OpenAI's addresses hold the hashes, from which open-clip's list has them.
+    """
+    import open_clip
+
+    listed = open_clip.get_pretrained_cfg(name.removesuffix("-quickgelu"), "openai") or {}
+    found = storage.sha256_of_file(file)
+    if found not in listed.get("url", "").split("/"):
+        raise ValueError(
+            f"{file} is a TorchScript archive, which can hold code, and not OpenAI's of {name} (its"
+            f" sha256 is {found[:16]}…): save its state dict as .safetensors, and name that"
+        )
 
 
 class Loaded(NamedTuple):

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine import storage
+from engine.blobs import take_blobs
 from engine.cut import Cut
 from engine.cutter import place_of
 from engine.export import Request, Sample, cut_unit_of
 from engine.operator import Failed
+from engine.roots import NotAllowed
 from engine.sandbox import Sandbox
 from engine.tables import read
 from engine.worker import Unwritable
@@ -131,15 +133,17 @@ class MediaOf:
         if row["error_type"]:
             return Failed(row["error_type"], row["error"])
         path = row["path"]
-        if path is None:
-            (blob,) = self._table.take_blobs("mp4", indices=[row["row"]])
-            path = _unpacked(blob, os.path.join(folder, row["clip_id"]))
-            return Made(path=path, facts=_true_facts(row))
-        uri = place_of(self._request.root, path)
         try:
+            if path is None:
+                (blob,) = take_blobs(self._table, "mp4", indices=[row["row"]])
+                path = _unpacked(blob, os.path.join(folder, row["clip_id"]))
+                return Made(path=path, facts=_true_facts(row))
+            uri = place_of(self._request.root, path)
             return Made(path=_copied(uri, folder), facts=_true_facts(row))
         except FileNotFoundError:
             return Failed("FileNotFoundError", f"its cut file {uri} is gone: add --cut")
+        except NotAllowed as error:
+            return Failed("NotAllowed", str(error))
 
     def _cut(self, samples: Sequence[Sample], folder: str) -> dict[str, Made | Failed]:
         unit, sandbox = cut_unit_of(samples), self._sandbox()

@@ -28,13 +28,27 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from engine import storage
+from engine import logs, storage
 
 BAD_INPUT, UNBALANCED, INTERRUPTED = 2, 1, 130
 
-err = Console(stderr=True)
+
+class _Console(Console):
+    """Standard error for a person; where the log is JSON, what is printed is part of it."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        if not logs.is_json():
+            super().print(*objects, **how)
+            return
+        with self.capture() as said:
+            super().print(*objects, **how)
+        _log.info("%s", " ".join(said.get().split()), extra=logs.fields("note"))
+
+
+err = _Console(stderr=True)
 out = Console(width=None if sys.stdout.isatty() else 200)  # a pipe has no width of its own
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 def arguments(kind: Callable[..., T], description: str) -> T:
@@ -52,7 +66,11 @@ def arguments(kind: Callable[..., T], description: str) -> T:
 
 def fail(message: str, code: int = BAD_INPUT) -> Any:
     """Says what is wrong in one line, and ends the program."""
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    said = " ".join(message.split())
+    if logs.is_json():
+        _log.error(said, extra=logs.fields("command_failed", exit_code=code))
+    else:
+        sys.stderr.write(f"error: {said}\n")
     raise SystemExit(code)
 
 
@@ -62,8 +80,11 @@ def first_words(error: Exception) -> str:
 
 
 def set_up_logging() -> None:
-    """Our own words on standard error, a line each."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    """Our own words on standard error, a line each: text, or JSON (`engine.logs`)."""
+    try:
+        logs.set_up()
+    except ValueError as error:
+        fail(str(error))
     # Ray forks before any table is open, and what it forks opens none
     warnings.filterwarnings("ignore", "lance is not fork-safe")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is a Ctrl-C
@@ -87,7 +108,7 @@ class Bars:
     """Progress: live bars on a terminal, else a line now and then; used as a context."""
 
     def __init__(self, *, every_s: float = 10.0):
-        self._live, self._every_s = err.is_terminal, every_s
+        self._live, self._every_s = err.is_terminal and not logs.is_json(), every_s
         self._said = time.monotonic()
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
@@ -143,6 +164,10 @@ class Bars:
             )
         elif total and time.monotonic() - self._said > self._every_s:
             self._said = time.monotonic()
+            if logs.is_json():
+                told = logs.fields("progress", stage=doing or bar, done=done, total=total)
+                _log.info("%s", facts, extra=told)
+                return
             left = f", {(total - done) / rate:.0f} s left" if rate else ""
             err.print(f"{doing or bar}: {done}/{total}, {facts}{left}", highlight=False)
 

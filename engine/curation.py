@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from engine import chain, storage
+from engine import chain, observe, storage
 from engine.accounts import Accounts, balance
 from engine.cut import Mode
 from engine.cutter import CutJob, Where
@@ -150,7 +150,7 @@ class Curation:
         if unknown:
             raise ValueError(f"engine/schema.py has no column {sorted(unknown)}: add it to CLIPS")
         self.root, self.recipe, self.stages, self.options = root, recipe, stages, options
-        self.connect, self.watch, self.about = connect, watch, about or {}
+        self.connect, self.watch, self.about = connect, _told(watch), about or {}
         self.pairs, self.cuts = pairs, cuts
         self.run_id = str(uuid.uuid4())
         self.progress = Progress()
@@ -162,7 +162,7 @@ class Curation:
             measure_all=options.measure_all,
             time_limit_s=options.time_limit_s,
             memory_limit_bytes=int(options.memory_limit_gib * 2**30),
-            aws=tuple(storage.aws_environment().items()),
+            aws=tuple(storage.worker_environment().items()),
         )
         self.tallies: dict[str, Tally] = {}
         self.frames_decoded = 0
@@ -185,6 +185,7 @@ class Curation:
         started, clock = datetime.now(UTC), time.monotonic()
         interrupted = False
         with (
+            observe.of_run(self.run_id),
             Lease(self.root, self.run_id, self.options.lease_expiry_s),
             contextlib.ExitStack() as self._connection,
         ):
@@ -195,6 +196,7 @@ class Curation:
             if not interrupted:
                 interrupted = self._finish()
             accounts = balance(self.writer.table, listing)
+            observe.holds({"sources": _states(accounts.sources), "clips": _states(accounts.clips)})
             seconds = time.monotonic() - clock
             self.writer.add_run(
                 self.about
@@ -321,7 +323,7 @@ class Curation:
             stages,
             commit_every_s=self.options.commit_every_s,
             connect=self._connected,
-            aws=storage.aws_environment(),
+            aws=storage.worker_environment(),
             **which,
         )
 
@@ -429,6 +431,9 @@ class Curation:
             rows = [duplicate_row(self.job, *found) for found in plan.duplicates]
             replaced = [r["source_id"] for r in rows if r["uri"] in stored]
             self.writer.commit(sources=_table(rows), replaces=replaced)
+            observe.worked(
+                table="sources", stage="scan", operator="Scan", states={"duplicate": len(rows)}
+            )
         touched = {source_id(s.uri): s for s in plan.touched}
         self._renew(list(touched), lambda row: row | _stat_of(touched[row["source_id"]]))
         self._recaption({source_id(s.uri): s for s in plan.recaptioned}, stored)
@@ -493,6 +498,8 @@ class Curation:
         unit, uri = outcome.unit, outcome.unit.source.uri
         self.frames_decoded += outcome.frames_decoded
         self.progress.frames += outcome.frames_decoded
+        observe.spent("scan", "Scan", outcome.seconds)
+        observe.decoded(frames=outcome.frames_decoded)
         self.progress.parts_done += unit.part is not None
         further: list[Unit] = []
         if outcome.source_row is not None and uri not in settled:
@@ -610,6 +617,7 @@ class Curation:
             if outcome.unit.heir_of and row["state"] == "done":
                 rows.append(self._disinherited(outcome.unit))
                 replaces.append(rows[-1]["source_id"])
+        _observe(waiting)
         if rows:
             self.writer.commit(
                 sources=_table(rows),
@@ -625,6 +633,37 @@ class Curation:
         assert unit.heir_of is not None
         row = _rows_of(self.writer.table("sources"), [source_id(unit.heir_of)]).to_pylist()[0]
         return row | {"state": "duplicate", "duplicate_of": unit.source_id, "num_clips": 0}
+
+
+def _told(watch: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """The watcher, with whoever looks at Ray's metrics."""
+
+    def told(progress: Progress) -> None:
+        observe.progress(progress.doing, progress.done, progress.sources)
+        watch(progress)
+
+    return told
+
+
+def _states(counts: dict[str, int]) -> dict[str, int]:
+    """Of accounts, without what is no state."""
+    return {name: num for name, num in counts.items() if name not in ("total", "ignored")}
+
+
+def _observe(outcomes: Sequence[Outcome]) -> None:
+    """Counts sources that were read, and their clips."""
+    rows = [o.source_row for o in outcomes if o.source_row is not None]
+    failures = [
+        observe.Failure(r["source_id"], r["error_type"], r["error"], {"uri": r["uri"]})
+        for r in rows
+        if r["state"] == "failed"
+    ]
+    work = {"stage": "scan", "operator": "Scan"}
+    states = {"done": len(rows) - len(failures), "failed": len(failures)}
+    observe.worked(table="sources", states=states, failures=failures, **work)
+    observe.worked(table="clips", states={"done": sum(o.clips.num_rows for o in outcomes)}, **work)
+    done = (r for r in rows if r["state"] == "done")
+    observe.decoded(num_bytes=sum(r["size_bytes"] or 0 for r in done))
 
 
 def _waves(units: Sequence[Unit]) -> list[Sequence[Unit]]:

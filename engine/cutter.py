@@ -19,7 +19,7 @@ import lance
 import pyarrow as pa
 from lance.fragment import FragmentMetadata
 
-from engine import storage, stores
+from engine import logs, observe, storage, stores
 from engine.cut import DEFAULT, Cut, Encoding, Mode, NotWritten, Span, cut_clips
 from engine.integrity import Media
 from engine.operator import Failed
@@ -54,7 +54,7 @@ class CutJob:
     """For each clip."""
     memory_limit_bytes: int = 4 * 2**30
     aws: tuple[tuple[str, str], ...] = ()
-    """The AWS variables of the driver, for workers on other machines."""
+    """Variables of the driver that workers need (`engine.stores.worker_environment`)."""
 
     @property
     def files(self) -> str:
@@ -113,6 +113,7 @@ class Cutter:
 
     def __init__(self, job: CutJob):
         os.environ.update(job.aws)
+        logs.set_up_worker(job.run_id)
         self.job = job
         self.sandbox = Sandbox(
             "engine.cutter:cut_unit",
@@ -135,6 +136,9 @@ class Cutter:
             if failure.error_type == Unwritable.__name__:
                 return CutOutcome(rows=_rows([]), unwritable=failure.message)
             rows = [_row(self.job, unit, span, failure) for span in unit.clips]
+            observe.log_failures(
+                observe.failures_in(_rows(rows), "clip_id"), stage="cut", operator="Cutter"
+            )
         if failure.transient:
             return CutOutcome(rows=_rows(rows))
         try:
@@ -204,7 +208,7 @@ def _cut(unit: CutUnit, folder: str, mode: Mode, encoding: Encoding) -> dict[Spa
 def _opened(uri: str) -> Iterator[Media]:
     """A source on this machine, or else read where it lies if it is too large to fetch."""
     if not storage.is_remote(uri):
-        yield storage.local_path(uri)
+        yield storage.allowed_path(uri)
     elif (storage.stat(uri).size_bytes or 0) <= FETCH_BYTES:
         with storage.fetch(uri, FETCH_BYTES) as path:
             yield path
@@ -258,7 +262,7 @@ def place(path: str, uri: str) -> None:
         return
     storage.make_folder(storage.parent(uri))
     os.chmod(path, 0o666 & ~_umask())
-    os.replace(path, storage.local_path(uri))
+    os.replace(path, storage.allowed_path(uri))
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pyarrow as pa
 from lance.fragment import FragmentMetadata
 
-from engine import storage
+from engine import observe, storage
 from engine.cutter import READS, CutJob, CutOutcome, Cutter, place_of, units
 from engine.pipeline import outcomes
 from engine.tables import Writer
@@ -70,6 +70,9 @@ def cut(
                 if outcome.unwritable:
                     raise OSError(outcome.unwritable)
                 num_done += outcome.rows.num_rows
+                observe.measured(
+                    outcome.rows, "clip_id", table="cuts", stage="cut", operator="Cutter"
+                )
                 num_open -= outcome.rows.num_rows if outcome.fragments else 0
                 waiting += outcome.fragments
             watch(num_done)

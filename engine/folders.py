@@ -42,7 +42,7 @@ def listing(
     """
     if storage.is_remote(root):
         return _remote_listing(root, closed)
-    return _local_listing(storage.local_path(root), closed, enter)
+    return _local_listing(storage.allowed_path(root), closed, enter)
 
 
 def _local_listing(

@@ -15,7 +15,8 @@ import lance
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine import storage
+from engine import logs, observe, storage
+from engine.blobs import read_blobs
 from engine.operator import FAILURE, Failed, Operator, results
 from engine.tables import table_uri
 
@@ -42,8 +43,9 @@ class Measured:
 class Gauge:
     """Measures batches of rows, one at a time, while the pictures of the next are read."""
 
-    def __init__(self, root: str, aws: dict[str, str], threads: int):
+    def __init__(self, root: str, aws: dict[str, str], threads: int, run_id: str):
         os.environ.update(aws)
+        logs.set_up_worker(run_id)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         self.root = root
         self._lock = threading.Lock()
@@ -73,7 +75,10 @@ class Gauge:
                 started = time.perf_counter()
                 found = attempt(function, operator, rows)
         seconds = time.perf_counter() - started
-        return Measured(table=found.add_column(0, rows.field(0), rows.column(0)), seconds=seconds)
+        keyed = found.add_column(0, rows.field(0), rows.column(0))
+        failures = observe.failures_in(keyed, rows.field(0).name)
+        observe.log_failures(failures, stage="measure", operator=type(operator).__name__)
+        return Measured(table=keyed, seconds=seconds)
 
     def _function(self, operator: Operator) -> Callable[[pa.Table], pa.Table]:
         key = operator.fingerprint
@@ -94,7 +99,7 @@ class Gauge:
         addresses = sorted({picture["address"] for row in wanted for picture in row})
         jpegs: dict[int, bytes | None] = {}
         if addresses:
-            read = self._keyframes[version].read_blobs("jpeg", addresses=addresses)
+            read = read_blobs(self._keyframes[version], "jpeg", addresses)
             jpegs = dict(zip(addresses, (data for _, data in read), strict=True))
         pictures = [
             [{"time_s": p["time_s"], "jpeg": jpegs[p["address"]]} for p in row] for row in wanted

@@ -222,7 +222,7 @@ def _parquet(manifest: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _lance(manifest: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         options = storage.lance_options(manifest)
-        table = lance.dataset(storage.local_path(manifest), storage_options=options)
+        table = lance.dataset(storage.allowed_path(manifest), storage_options=options)
     except (OSError, ValueError) as e:
         raise ValueError(f"{shown(manifest)}: is not a readable Lance table: {_one_line(e)}") from e
     yield from _arrow_rows(table.to_batches(columns=_carried(manifest, table.schema)))

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from engine import observe
 from engine.gauge import ADDRESSES, Gauge, Measured, Unloadable
 from engine.judge import columns_read, judge, waiting_for
 from engine.operator import FAILURE, Operator, Stage
@@ -119,6 +120,7 @@ class Measuring:
     ):
         self._writer, self._stages, self._name, self._where = writer, tuple(stages), name, where
         self._key, self._states = KEYS[name], states
+        self._stage_of = {type(o).__name__: s.name for s in stages for o in s.measures}
         self._every_s, self._connect, self._aws = commit_every_s, connect, aws
         self.operators: tuple[Operator, ...] = tuple(o for s in stages for o in s.measures)
         self.tallies = {type(o).__name__: Tally() for o in self.operators}
@@ -166,6 +168,9 @@ class Measuring:
         if self._writer.table("keyframes").version > self._keyframes_version + KEPT_VERSIONS // 2:
             self._pictures_of(())  # before the version that the rows in hand point to is forgotten
         self._dispatch()
+        if self._rows:
+            stage = "measuring" if self._name == "clips" else "pairing"
+            observe.progress(stage, self.done, self.done + self.waiting)
         if self._results and time.monotonic() - self._committed_at > self._every_s:
             self.commit()
 
@@ -405,7 +410,7 @@ class Measuring:
             actor = (
                 ray.remote(Gauge)
                 .options(max_concurrency=IN_FLIGHT, **pool.options)
-                .remote(self._writer.root, self._aws, pool.threads)
+                .remote(self._writer.root, self._aws, pool.threads, self._writer.run_id)
             )
             pool.actors.append(actor)
             pool.flying[actor] = 0
@@ -459,10 +464,12 @@ class Measuring:
         tally.batches += 1
         tally.room += max(operator.batch_size, found.num_rows)
         tally.seconds += measured.seconds
-        self._keep(operator, found)
+        self._keep(operator, found, measured.seconds)
 
-    def _keep(self, operator: Operator, found: pa.Table) -> None:
+    def _keep(self, operator: Operator, found: pa.Table, seconds: float | None = None) -> None:
         name = type(operator).__name__
+        work = {"table": self._name, "stage": self._stage_of[name], "operator": name}
+        observe.measured(found, self._key, seconds=seconds, **work)
         failed = pc.is_valid(found["error_type"])
         who = pc.if_else(failed, name, pa.scalar(None, pa.string()))
         columns = {n: found[n] for n in found.column_names if n not in FAILURE.names}

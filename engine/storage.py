@@ -2,6 +2,7 @@
 
 A local path is a plain absolute path; a file whose name is not valid UTF-8 is a `file://` URI with
 percent signs, because tables hold text. Whatever a store's library raises leaves here as `OSError`.
+What is outside the allowed roots (`engine.roots`) is neither opened nor changed: `NotAllowed`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from urllib.parse import quote, unquote_to_bytes
 
 from fsspec.implementations.arrow import ArrowFSWrapper
 
-from engine import stores
+from engine import roots, stores
 from engine.stores import Stat, as_os_errors, scheme_of, store_of
 from engine.stores import aws_environment as aws_environment
 from engine.stores import lance_options as lance_options
+from engine.stores import worker_environment as worker_environment
 
 T = TypeVar("T")
 
@@ -48,6 +50,22 @@ def local_path(uri: str) -> str:
     if scheme_of(uri) not in ("file", "local"):
         return uri
     return os.fsdecode(unquote_to_bytes(uri.split("://", 1)[1].removeprefix("localhost")))
+
+
+def allowed_path(uri: str) -> str:
+    """`local_path` of what may be opened: all that opens a local file by name goes through here.
+
+    A remote URI comes back as it is, when it may be opened.
+
+    Raises:
+        NotAllowed: It is outside the allowed roots (`engine.roots`).
+    """
+    if is_remote(uri):
+        roots.check_remote(uri)
+        return uri
+    path = local_path(uri)
+    roots.check_local(path)
+    return path
 
 
 def local_uri(path: str) -> str:
@@ -104,8 +122,9 @@ def stat(uri: str) -> Stat:
         OSError: It is something that must not be opened (a pipe, a device), or the store failed.
     """
     if not is_remote(uri):
+        path = allowed_path(uri)
         try:
-            found = os.stat(local_path(uri))
+            found = os.stat(path)
         except (NotADirectoryError, ValueError) as e:  # a file's name, or a NUL, in the path
             raise FileNotFoundError(errno.ENOENT, str(e), uri) from e
         if stat_bits.S_ISDIR(found.st_mode):
@@ -130,8 +149,9 @@ def kind(uri: str) -> Literal["file", "folder"] | None:
     if not is_remote(uri):
         if "\0" in uri:
             return None
+        path = allowed_path(uri)
         try:
-            mode = os.stat(local_path(uri)).st_mode
+            mode = os.stat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
             return None
         return "folder" if stat_bits.S_ISDIR(mode) else "file"
@@ -145,7 +165,7 @@ def names_in(folder: str) -> list[str]:
     """Names of what is directly in `folder`, sorted; none where there is no such folder."""
     try:
         if not is_remote(folder):
-            return sorted(os.listdir(local_path(folder)))
+            return sorted(os.listdir(allowed_path(folder)))
         fs, path = store_of(folder)
         with as_os_errors(folder):
             found = fs.ls(path, detail=False)
@@ -158,8 +178,9 @@ def names_in(folder: str) -> list[str]:
 
 def make_folder(uri: str) -> None:
     """Makes a local folder and those above it; a store has no folders to make."""
+    path = allowed_path(uri)
     if not is_remote(uri):
-        os.makedirs(local_path(uri), exist_ok=True)
+        os.makedirs(path, exist_ok=True)
 
 
 def exists_many(uris: Sequence[str]) -> list[bool]:
@@ -198,7 +219,7 @@ def open_read(uri: str) -> BinaryIO:
     places asks for each once. An S3 object that was replaced since it was opened raises `OSError`.
     """
     if not is_remote(uri):
-        return open(local_path(uri), "rb", buffering=1 << 20)
+        return open(allowed_path(uri), "rb", buffering=1 << 20)
     fs, path = store_of(uri)
     with as_os_errors(uri):
         if isinstance(fs, ArrowFSWrapper):
@@ -221,7 +242,7 @@ def fetch(uri: str, max_bytes: int | None = None) -> Iterator[str]:
         ValueError: The remote file is larger than `max_bytes`.
     """
     if not is_remote(uri):
-        yield local_path(uri)
+        yield allowed_path(uri)
         return
     if max_bytes is not None:
         _refuse_larger(uri, stat(uri).size_bytes, max_bytes)
@@ -244,6 +265,12 @@ def sha256(file: str | BinaryIO) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_file(path: str | os.PathLike[str]) -> str:
+    """The same of a file on this machine that no table names, such as a copy or weights."""
+    with open(path, "rb") as file:
+        return sha256(file)
+
+
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
     """The whole content of a small file.
 
@@ -253,7 +280,7 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
     if max_bytes is not None and scheme_of(uri) not in stores.S3_SCHEMES:
         _refuse_larger(uri, stat(uri).size_bytes, max_bytes)
     if not is_remote(uri):
-        return Path(local_path(uri)).read_bytes()
+        return Path(allowed_path(uri)).read_bytes()
     fs, path = store_of(uri)
     with as_os_errors(uri):
         if max_bytes is None or scheme_of(uri) not in stores.S3_SCHEMES:
@@ -277,8 +304,9 @@ def _refuse_larger(uri: str, size_bytes: int | None, max_bytes: int) -> None:
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes a small file, replacing what is there; a reader sees the old content or the new."""
     if not is_remote(uri):
-        with _written_beside(local_path(uri), data) as temporary:
-            os.replace(temporary, local_path(uri))
+        path = allowed_path(uri)
+        with _written_beside(path, data) as temporary:
+            os.replace(temporary, path)
         return
     fs, path = store_of(uri)
     with as_os_errors(uri):
@@ -295,9 +323,10 @@ def put_if_absent(uri: str, data: bytes) -> bool:
         ValueError: The store cannot do it in one request.
     """
     if not is_remote(uri):
-        with _written_beside(local_path(uri), data) as temporary:
+        path = allowed_path(uri)
+        with _written_beside(path, data) as temporary:
             try:
-                os.link(temporary, local_path(uri))
+                os.link(temporary, path)
             except FileExistsError:
                 return False
         return True
@@ -329,7 +358,7 @@ def delete(uri: str) -> bool:
     """Removes one file; False where there was none."""
     if not is_remote(uri):
         try:
-            os.unlink(local_path(uri))
+            os.unlink(allowed_path(uri))
         except FileNotFoundError:
             return False
         return True
@@ -347,7 +376,7 @@ def delete_folder(uri: str) -> None:
     """Removes a folder with all below it, where there is one."""
     if not is_remote(uri):
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(local_path(uri))
+            shutil.rmtree(allowed_path(uri))
         return
     fs, path = store_of(uri)
     with contextlib.suppress(FileNotFoundError), as_os_errors(uri):

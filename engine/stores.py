@@ -19,6 +19,8 @@ from fsspec.spec import AbstractFileSystem
 from pyarrow import fs as arrow_fs
 from pyarrow.lib import ArrowException
 
+from engine import logs, roots
+
 # What a person sets to reach S3. Not what belongs to one machine (instance and container roles, web
 # identity): a worker has its own, and must keep it.
 AWS_VARIABLES = (
@@ -59,6 +61,12 @@ def aws_environment() -> dict[str, str]:
     Hand them over as an argument of the worker's constructor: Ray's job pages list a `runtime_env`.
     """
     return {name: os.environ[name] for name in AWS_VARIABLES if os.environ.get(name)}
+
+
+def worker_environment() -> dict[str, str]:
+    """`aws_environment`, and the variables of our own that hold in workers, too."""
+    own = (roots.VARIABLE, logs.VARIABLE)
+    return aws_environment() | {name: os.environ[name] for name in own if os.environ.get(name)}
 
 
 def lance_options(uri: str) -> dict[str, str] | None:
@@ -128,7 +136,12 @@ def _aws_region() -> str | None:
 
 
 def store_of(uri: str) -> tuple[AbstractFileSystem, str]:
-    """The fsspec file system of a remote `uri` and its path there."""
+    """The fsspec file system of a remote `uri` and its path there.
+
+    Raises:
+        NotAllowed: It is outside the allowed roots, or not in an object store.
+    """
+    roots.check_remote(uri)
     scheme = scheme_of(uri)
     environment = tuple(aws_environment().items()) if scheme in S3_SCHEMES else ()
     root = uri if scheme not in S3_SCHEMES else scheme + "://"

@@ -11,16 +11,17 @@ import hashlib
 import json
 import os
 import pickle
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import lance
 import pyarrow as pa
 from lance.fragment import FragmentMetadata
 
-from engine import storage
+from engine import logs, observe, storage
 from engine.image import ImageMetadata, NotImageError, is_image, scan_image
 from engine.judge import container_reject
 from engine.operator import Failed, Stage
@@ -58,7 +59,7 @@ class Job:
     time_limit_s: float = 600.0
     memory_limit_bytes: int = 4 * 2**30
     aws: tuple[tuple[str, str], ...] = ()
-    """The AWS variables of the driver, for workers on other machines."""
+    """Variables of the driver that workers need (`engine.stores.worker_environment`)."""
 
     def parked(self, sha256: str, request: str, part: int) -> str:
         """Where a part of a long source waits for the others; the same for whoever scans it so."""
@@ -100,6 +101,8 @@ class Outcome:
     keyframes: tuple[FragmentMetadata, ...] = ()
     frames_decoded: int = 0
     """By this unit alone."""
+    seconds: float = 0.0
+    """That it took."""
     unwritable: str | None = None
     """Why the dataset could not be written: the run cannot go on."""
 
@@ -152,6 +155,7 @@ class Reader:
 
     def __init__(self, job: Job):
         os.environ.update(job.aws)
+        logs.set_up_worker(job.run_id)
         self.job = job
         self.sandbox = Sandbox(
             "engine.worker:read_source",
@@ -166,6 +170,11 @@ class Reader:
 
     def do(self, unit: Unit) -> Outcome:
         """The outcome of one unit; never raises for what is in a file."""
+        began = time.perf_counter()
+        outcome = self._outcome(unit)
+        return dataclasses.replace(outcome, seconds=time.perf_counter() - began)
+
+    def _outcome(self, unit: Unit) -> Outcome:
         try:
             if unit.source.error:
                 raise Failed("SourceError", unit.source.error, transient=True)
@@ -173,6 +182,10 @@ class Reader:
         except Failed as failure:
             if failure.error_type == Unwritable.__name__:
                 return Outcome(unit=unit, unwritable=failure.message)
+            why = observe.Failure(
+                unit.source_id, failure.error_type, failure.message, {"uri": unit.source.uri}
+            )
+            observe.log_failures([why], stage="scan", operator="Scan")
             return failed(self.job, unit, failure)
         outcome = Outcome(
             unit=unit,
@@ -301,15 +314,16 @@ def read_source(argument: tuple[Job, Unit]) -> Reading:
     job, unit = argument
     uri = unit.source.uri
     if not storage.is_remote(uri):
-        return _read(job, unit, storage.local_path(uri), lambda: storage.local_path(uri))
+        path = storage.allowed_path(uri)
+        return _read(job, unit, lambda: path)
     if unit.part is None and (unit.source.size_bytes or 0) <= FETCH_BYTES:
         with storage.fetch(uri, FETCH_BYTES) as path:
-            return _read(job, unit, path, lambda: path)
-    return _read(job, unit, uri, lambda: storage.open_read(uri))
+            return _read(job, unit, lambda: path)
+    return _read(job, unit, lambda: storage.open_read(uri))
 
 
-def _read(job: Job, unit: Unit, file: str, media: Callable[[], Any]) -> Reading:
-    sha256 = unit.sha256 or storage.sha256(file)
+def _read(job: Job, unit: Unit, media: Callable[[], Any]) -> Reading:
+    sha256 = unit.sha256 or _hash_of_content(media())
     if unit.hash_only:
         return Reading(sha256=sha256)
     if unit.source.media == "image" or (unit.source.media is None and is_image(media())):
@@ -351,6 +365,14 @@ def _read(job: Job, unit: Unit, file: str, media: Callable[[], Any]) -> Reading:
         frames_decoded=decoded,
         total_frames_decoded=total,
     )
+
+
+def _hash_of_content(media: str | BinaryIO) -> str:
+    """Of a source that is open, or of one on this machine, or a copy there."""
+    if isinstance(media, str):
+        return storage.sha256_of_file(media)
+    with media:
+        return storage.sha256(media)
 
 
 def _read_image(job: Job, unit: Unit, sha256: str, media: Media) -> Reading:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine import storage
+from engine import logs, observe, storage
 from engine.gauge import Unloadable
 from engine.operator import Failed
 from engine.tables import Writer
@@ -42,6 +42,7 @@ from evals.videofiles import (
     columns_of,
     export_videos,
     failed,
+    failures_of,
     fetch,
     new_row,
     stored_as_they_come,
@@ -249,6 +250,7 @@ class _Generating:
             if outcome is not None:
                 self._account(outcome)
             self.watch(self.progress)
+            observe.progress("generating", self.progress.done, self.progress.total)
 
     def _account(self, outcome: Outcome) -> None:
         model = self.models[outcome.unit.model]
@@ -256,6 +258,14 @@ class _Generating:
         counts.generated += outcome.num_done - outcome.num_failed
         counts.failed += outcome.num_failed
         counts.seconds += outcome.seconds
+        observe.worked(
+            table="generations",
+            stage="generate",
+            operator=model.name,
+            states={"done": outcome.num_done - outcome.num_failed, "failed": outcome.num_failed},
+            failures=outcome.failures,
+            seconds=outcome.seconds,
+        )
         self.progress.doing = f"generating with {model.name}"
         self.progress.done += outcome.num_done
         self.progress.failed += outcome.num_failed
@@ -277,7 +287,7 @@ def _units(number: int, model: Model, suite: Suite, seed: int) -> Iterator[Unit]
 def _environment() -> tuple[tuple[str, str], ...]:
     """What workers on other machines need of the driver's: for object stores, for endpoints."""
     key = {TOKEN: os.environ[TOKEN]} if TOKEN in os.environ else {}
-    return tuple((storage.aws_environment() | key).items())
+    return tuple((storage.worker_environment() | key).items())
 
 
 class Generator:
@@ -285,6 +295,7 @@ class Generator:
 
     def __init__(self, job: Job):
         os.environ.update(job.environment)
+        logs.set_up_worker(job.run_id)
         self.job = job
         self._model: int | None = None
         self._make: Make | None = None
@@ -309,9 +320,13 @@ class Generator:
                 fragments = write(self.job.root, [row], files)
             except OSError as error:
                 return Outcome(unit=unit, unwritable=f"{self.job.root}: {error}")
+        failures = failures_of([row])
+        operator = self.job.models[unit.model].name
+        observe.log_failures(failures, stage="generate", operator=operator)
         return Outcome(
             unit=unit,
             num_failed=int(path is None),
+            failures=failures,
             seconds=time.perf_counter() - began,
             fragments=fragments,
         )

@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from engine import storage
+from engine import logs, observe, storage
 from engine.folders import Entry, listing
 from engine.operator import Failed
 from engine.stores import Stat
@@ -34,6 +34,7 @@ from evals.videofiles import (
     Outcome,
     columns_of,
     failed,
+    failures_of,
     new_row,
     stored_as_they_come,
     write,
@@ -138,7 +139,7 @@ def import_folder(
         root=writer.root,
         run_id=writer.run_id,
         model=model,
-        environment=tuple(storage.aws_environment().items()),
+        environment=tuple(storage.worker_environment().items()),
     )
     units = [
         Unit(tuple(files[start : start + FILES_PER_UNIT]))
@@ -162,6 +163,18 @@ def import_folder(
             counts.seconds += outcome.seconds
             progress.done += len(outcome.unit.files)
             progress.failed += outcome.num_failed
+            observe.worked(
+                table="generations",
+                stage="import",
+                operator=model.name,
+                states={
+                    "done": outcome.num_done - outcome.num_failed,
+                    "failed": outcome.num_failed,
+                },
+                failures=outcome.failures,
+                seconds=outcome.seconds,
+            )
+        observe.progress("importing", progress.done, progress.total)
         watch(progress)
     return counts
 
@@ -254,6 +267,7 @@ class Importer:
 
     def __init__(self, job: Job):
         os.environ.update(job.environment)
+        logs.set_up_worker(job.run_id)
         self.job = job
         self._inspector = Inspector()
 
@@ -282,10 +296,13 @@ class Importer:
                 fragments = write(self.job.root, rows, paths)
             except OSError as error:
                 return Outcome(unit=unit, unwritable=f"{self.job.root}: {error}")
+        failures = failures_of(rows)
+        observe.log_failures(failures, stage="import", operator=self.job.model.name)
         return Outcome(
             unit=unit,
             num_done=len(rows),
-            num_failed=sum(row["error_type"] is not None for row in rows),
+            num_failed=len(failures),
+            failures=failures,
             seconds=time.perf_counter() - began,
             fragments=fragments,
             replaces=tuple(replaces),
@@ -297,7 +314,7 @@ class Importer:
         try:
             path = os.path.join(folder, "video" + os.path.splitext(file.uri)[1].lower())
             _copy(file.uri, path)
-            sha256 = storage.sha256(path)
+            sha256 = storage.sha256_of_file(path)
             if file.known == sha256:
                 return None
             facts = self._inspector.look(path, os.path.join(folder, "anew"))

@@ -133,7 +133,11 @@ def _diffusers(model: Model, device: str) -> Run:
     if "AutoencoderKLWan" in (index.get("vae") or ()):
         dtypes["vae"] = torch.float32  # as its authors decode
     pipe = DiffusionPipeline.from_pretrained(
-        model.at, local_files_only=True, use_safetensors=True, dtype=dtypes
+        model.at,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=dtypes,
     ).to(device)
     pipe.set_progress_bar_config(disable=True)
     parameters = inspect.signature(pipe.__call__).parameters
@@ -238,12 +242,22 @@ def _check_part(name: str, folder: Path, part: str, value: Sequence[Any]) -> Non
             f"model {name}: {part} of {folder} is of {library}, neither diffusers nor transformers:"
             " code of others is never run"
         )
+    if str(value[1]).startswith("Auto") and _brings_code(folder / part):
+        raise ValueError(
+            f"model {name}: {part} of {folder} comes with code of its own (auto_map), which is"
+            " never run: name a pipeline whose parts are classes of diffusers and transformers"
+        )
     files = [path.suffix for path in (folder / part).glob("*")]
     if any(s in _PICKLES for s in files) and ".safetensors" not in files:
         raise ValueError(
             f"model {name}: {part} of {folder} has its weights as a pickle, which can run any code:"
             " convert them with save_pretrained(safe_serialization=True)"
         )
+
+
+def _brings_code(folder: Path) -> bool:
+    """Whether a part's own classes are named in it, about which transformers would ask."""
+    return any('"auto_map"' in p.read_text(errors="replace") for p in folder.glob("*config*.json"))
 
 
 def _called(ours: str, parameters: Mapping[str, Any]) -> str:

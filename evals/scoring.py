@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine import storage
+from engine import logs, observe, storage
 from engine.gauge import Unloadable, attempt
 from engine.operator import Failed, results
 from engine.schema import SCORES
@@ -210,7 +210,7 @@ class _Scoring:
             run_id=self.writer.run_id,
             metric=metric,
             generations=self.writer.table("generations").version,
-            aws=tuple(storage.aws_environment().items()),
+            aws=tuple(storage.worker_environment().items()),
         )
         gpus = ray.cluster_resources().get("GPU", 0.0)
         share = metric.num_gpus if gpus else 0.0
@@ -234,6 +234,7 @@ class _Scoring:
                     _check(outcome)
                     self._take(outcome.rows)
                 self.watch(self.progress)
+                observe.progress("scoring", self.progress.done, self.progress.total)
                 if time.monotonic() - self._committed_at > self.commit_every_s:
                     self._commit()
         finally:
@@ -246,6 +247,16 @@ class _Scoring:
         self.counts.failed += failed
         self.progress.done += rows.num_rows
         self.progress.failed += failed
+        for dimension in pc.unique(rows["dimension"]).to_pylist():
+            some = rows.filter(pc.equal(rows["dimension"], dimension))
+            observe.measured(
+                some,
+                "score_id",
+                table="scores",
+                stage="score",
+                operator=dimension,
+                seconds=pc.sum(some["seconds"]).as_py(),
+            )
 
     def _commit(self) -> None:
         rows, self._waiting = self._waiting, []
@@ -274,6 +285,7 @@ class Scorer:
 
     def __init__(self, job: ScoreJob):
         os.environ.update(job.aws)
+        logs.set_up_worker(job.run_id)
         self.job = job
         self._function: Callable[[pa.Table], pa.Table] | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="reelwright-score-")
@@ -314,7 +326,13 @@ class Scorer:
             asked = pa.Table.from_pylist([_asked(a, str(path)) for a in unit.asks], schema=ASKED)
             found = attempt(function, self.job.metric, asked)
         seconds = (time.perf_counter() - began) / len(unit.asks)
-        return _rows(self.job, unit, found, self._about | {"seconds": seconds})
+        rows = _rows(self.job, unit, found, self._about | {"seconds": seconds})
+        observe.log_failures(
+            observe.failures_in(rows, "score_id"),
+            stage="score",
+            operator=", ".join(self.job.metric.dimensions[:1]),
+        )
+        return rows
 
 
 def _asked(ask: Ask, path: str) -> dict[str, Any]:

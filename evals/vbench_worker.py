@@ -402,7 +402,8 @@ class VBenchWorker:
         return lambda path, *_: module.laion_aesthetic(head, clip, [path], self.device)[1]
 
     def _load_imaging_quality(self, module: Any, known: dict[str, str]) -> Score:
-        model = module.MUSIQ(pretrained_model_path=known["model_path"]).to(self.device)
+        with _inert(importlib.import_module("pyiqa.archs.arch_util")):
+            model = module.MUSIQ(pretrained_model_path=known["model_path"]).to(self.device)
         model.training = False
         self._models["musiq"] = model
         model.register_forward_hook(
@@ -708,6 +709,7 @@ def _inert(module: Any) -> Iterator[None]:
     torch = module.torch
 
     def load(path: Any, **named: Any) -> Any:
+        named.pop("weights_only", None)  # which pyiqa says is False
         try:
             return torch.load(path, **named, weights_only=True)
         except pickle.UnpicklingError:
@@ -721,13 +723,18 @@ def _inert(module: Any) -> Iterator[None]:
 
 
 def _hub(known: dict[str, Any]) -> Any:
-    """DINO from its folder, whose code imports modules of names that anything may have."""
+    """DINO from its folder, whose code imports modules of names that anything may have.
+
+    That code is the folder's own and runs; the weights that it loads are read as weights alone.
+    """
     import torch
 
     names = ("utils", "vision_transformer", "hubconf")
     others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    read = functools.partial(torch.hub.load_state_dict_from_url, weights_only=True)
     try:
-        return torch.hub.load(**known)
+        with replaced(torch.hub, "load_state_dict_from_url", read):
+            return torch.hub.load(**known)
     finally:
         for name in names:
             sys.modules.pop(name, None)

@@ -20,6 +20,8 @@ import lance
 import pyarrow as pa
 from lance.fragment import FragmentMetadata
 
+from engine import observe
+from engine.blobs import take_blobs
 from engine.cut import Encoding, cut_clip
 from engine.gauge import Unloadable
 from engine.operator import Failed
@@ -176,6 +178,15 @@ def failed(row: Mapping[str, Any], error: Exception) -> dict[str, Any]:
     return {**row, "error_type": error_type, "error": words, "error_transient": transient}
 
 
+def failures_of(rows: Sequence[Mapping[str, Any]]) -> tuple[observe.Failure, ...]:
+    """Those of rows that have no video."""
+    return tuple(
+        observe.Failure(row["generation_id"], row["error_type"], row["error"])
+        for row in rows
+        if row["error_type"] is not None
+    )
+
+
 def write(
     root: str, rows: Sequence[Mapping[str, Any]], files: Mapping[str, str]
 ) -> tuple[str, ...]:
@@ -212,6 +223,7 @@ class Outcome:
     num_done: int = 1
     num_failed: int = 0
     seconds: float = 0.0
+    failures: tuple[observe.Failure, ...] = ()
     fragments: tuple[str, ...] = ()
     """Of `generations`, as JSON: written and to be committed."""
     replaces: tuple[str, ...] = ()
@@ -265,6 +277,7 @@ def stored_as_they_come(
                     unit=found.unit,
                     num_done=len(rows),
                     num_failed=len(rows),
+                    failures=failures_of(rows),
                     fragments=write(writer.root, rows, {}),
                 )
             if outcome is not None:
@@ -320,7 +333,7 @@ def fetch(
     if lacking:
         raise FileNotFoundError(f"{table.uri} has no video {lacking[0]} (any more)")
     todo = [(path, row_id) for path, row_id in found.values() if row_id >= 0]
-    blobs = table.take_blobs("mp4", ids=[row_id for _, row_id in todo]) if todo else []
+    blobs = take_blobs(table, "mp4", ids=[row_id for _, row_id in todo]) if todo else []
     for (path, _), blob in zip(todo, blobs, strict=True):
         _placed(blob, path)
     return [found[generation_id][0] for generation_id in generation_ids]

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
+from engine.blobs import take_blobs
 from engine.tables import read
 
 CELL = (240, 135)
@@ -35,8 +36,8 @@ def contact_sheet(root: str, path: Path, *, rows_each: int = 2) -> int:
         raise ValueError(f"{root} has no keyframes to show: nothing in it was decoded")
     kept = _whole_rows([c for c in shown if c["state"] == "kept"], rows_each)
     rejected = _whole_rows(_in_turn([c for c in shown if c["state"] == "rejected"]), rows_each)
-    pictures = read(root, "keyframes").take_blobs(
-        "jpeg", indices=[frames[c["clip_id"]] for c in (*kept, *rejected)]
+    pictures = take_blobs(
+        read(root, "keyframes"), "jpeg", indices=[frames[c["clip_id"]] for c in (*kept, *rejected)]
     )
     cells = [
         _cell(clip, blob.read()) for clip, blob in zip((*kept, *rejected), pictures, strict=True)

@@ -236,6 +236,7 @@ def train(args: Train) -> None:
         _say(job, manifest)
     with Lease(out, str(uuid.uuid4())), _Bars() as bars:
         _note(out, args)
+        launch.store_metrics(out)
         if all(launch.has_ended(job) for job in jobs):
             pass  # neither Ray nor a model is started for nothing
         elif args.local:

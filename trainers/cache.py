@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lance.fragment import FragmentMetadata
 
-from engine import storage
+from engine import observe, storage
 from engine.cutter import place
 from engine.forget import check_whole
 from engine.gauge import Unloadable
@@ -143,7 +143,11 @@ def fill(
     run_id = str(uuid.uuid4())
     wanted = [e for e in encoders if kinds is None or e.kind in kinds]
     scratch = storage.join(root, SCRATCH)
-    with Lease(root, run_id, lease_expiry_s), contextlib.ExitStack() as stack:
+    with (
+        observe.of_run(run_id),
+        Lease(root, run_id, lease_expiry_s),
+        contextlib.ExitStack() as stack,
+    ):
         check_whole(root)
         filling = _Filling(
             writer=Writer(root, run_id, recovered=_log.warning),
@@ -220,7 +224,7 @@ class _Filling:
             encoders=self.encoders,
             todo=folder,
             gpu=bool(options["num_gpus"]),
-            aws=tuple(storage.aws_environment().items()),
+            aws=tuple(storage.worker_environment().items()),
         )
         losses = 0
         while units:
@@ -289,6 +293,17 @@ class _Filling:
                     del left[outcome.unit]
                     waiting += [FragmentMetadata.from_json(text) for text in outcome.fragments]
                     self._account(outcome)
+                    observe.worked(
+                        table="features",
+                        stage="encode",
+                        operator=outcome.unit.kind,
+                        states={
+                            "done": outcome.num_done - outcome.num_failed,
+                            "failed": outcome.num_failed,
+                        },
+                        seconds=outcome.seconds,
+                    )
+                observe.progress("encoding", self.progress.done, self.progress.total)
                 self.watch(self.progress)
                 if waiting and time.monotonic() - committed_at > self.commit_every_s:
                     fragments, waiting = waiting, []

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from lance.fragment import FragmentMetadata
 
-from engine import storage
+from engine import logs, storage
 from engine.gauge import Unloadable
 from engine.operator import Failed
 from engine.schema import FEATURES
@@ -95,6 +95,7 @@ class Filler:
 
     def __init__(self, job: FillJob):
         os.environ.update(job.aws)
+        logs.set_up_worker(job.run_id)
         self.job = job
         self.threads = ThreadPoolExecutor(DECODERS)
         self._running: dict[str, Callable[[Sequence[Sample]], list[torch.Tensor]]] = {}

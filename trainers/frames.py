@@ -109,7 +109,7 @@ def covered(image_HWC: np.ndarray, bucket: Bucket) -> np.ndarray:
 def _opened(uri: str) -> Iterator[Media]:
     """A source where it lies; of a remote one only what is needed is read."""
     if not storage.is_remote(uri):
-        yield storage.local_path(uri)
+        yield storage.allowed_path(uri)
         return
     with storage.open_read(uri) as file:
         yield file

@@ -7,19 +7,25 @@ import os
 import shutil
 import tempfile
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import storage
-from engine.stores import aws_environment
+from engine import logs, observe, storage
+from engine.stores import worker_environment
 from trainers import tracking
 from trainers.dataset import Manifest, read_manifest
 from trainers.job import Job, Stopped
 
 POLL_S = 0.5
+TABLE_EVERY_S = 30.0
+"""Between updates of a run's `train_metrics.lance`."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,7 @@ def alone(job: Job, watch: Watch | None = None) -> int:
     from trainers.parallel import World
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with _watched(job, watch):
+    with _observed(job), _watched(job, watch):
         return train(job, World(device=device))
 
 
@@ -113,7 +119,7 @@ def on_ray(job: Job, workers: int, watch: Watch | None = None, *, max_failures: 
     own = tempfile.mkdtemp(prefix=".ray-", dir=_made(job.out))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "aws": aws_environment()},
+        train_loop_config={"job": job, "aws": worker_environment()},
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
@@ -127,7 +133,7 @@ def on_ray(job: Job, workers: int, watch: Watch | None = None, *, max_failures: 
         ),
     )
     try:
-        with _quiet(), _watched(job, watch):
+        with _observed(job), _quiet(), _watched(job, watch):
             told = _fitted(trainer)
     except TrainingFailedError as error:
         raise Stopped(_cause(error)) from error
@@ -170,6 +176,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
     job: Job = config["job"]
     os.environ.update(config["aws"])
+    logs.set_up_worker(_run_id(job))
     try:
         return {"start": train(job, World.joined(get_device()))}
     except Stopped as stopped:  # all workers alike; another try would end as this one
@@ -211,26 +218,38 @@ def _quiet() -> Iterator[None]:
             os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = before
 
 
+def _observed(job: Job) -> AbstractContextManager[None]:
+    """Metrics and log lines are a run's, which its folder names."""
+    return observe.of_run(_run_id(job))
+
+
+def _run_id(job: Job) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, job.out))
+
+
 @contextmanager
 def _watched(job: Job, watch: Watch | None) -> Iterator[None]:
-    """Tells `watch` of every new line of the stage's metrics, from a thread."""
-    if watch is None:
-        yield
-        return
+    """From a thread: tells `watch` of new lines of metrics, and keeps their table up to date."""
     ended, seen = threading.Event(), -1
+    table = _Table(job.out)
 
     def look() -> None:
         nonlocal seen
-        line = tracking.last(job.folder)
-        if line and line["step"] != seen:
+        line = tracking.last(job.folder) if watch else None
+        if watch and line and line["step"] != seen:
             seen = line["step"]
             stage = job.stage
             told = {"steps": stage.steps, "batch": stage.batch, "figures": line}
             watch(Progress(stage=stage.name, step=seen + 1, **told))
+            observe.progress(f"train {stage.name}", seen + 1, stage.steps)
 
     def go_on() -> None:
+        due = time.monotonic() + TABLE_EVERY_S
         while not ended.wait(POLL_S):
             look()
+            if time.monotonic() >= due:
+                table.update()
+                due = time.monotonic() + TABLE_EVERY_S
 
     thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
@@ -240,3 +259,31 @@ def _watched(job: Job, watch: Watch | None) -> Iterator[None]:
         ended.set()
         thread.join()
         look()
+        table.end()
+
+
+def store_metrics(out: str) -> None:
+    """Brings a run's table up to date with what a killed driver left, or an earlier version."""
+    _Table(out).end()
+
+
+class _Table:
+    """A run's table of metrics; that it cannot be written stops no training."""
+
+    def __init__(self, out: str):
+        self._run, self._table = out, tracking.MetricsTable(Path(out))
+
+    def update(self) -> None:
+        self._do(self._table.update)
+
+    def end(self) -> None:
+        self._do(self._table.end)
+
+    def _do(self, what: Callable[[], object]) -> None:
+        try:
+            what()
+        except (OSError, ValueError, RuntimeError) as error:
+            _log.warning(
+                "%s of %s is behind its %s files: %s",
+                tracking.TABLE, self._run, tracking.METRICS, str(error).splitlines()[0],
+            )  # fmt: skip

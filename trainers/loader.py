@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine import logs
 from trainers.dataset import Manifest
 from trainers.features import Cache, needs_pixels, variant_of
 from trainers.frames import pixels_of
@@ -134,7 +135,15 @@ class Loader:
         for row, why in failed:
             if row["sample_id"] not in self._said:
                 self._said.add(row["sample_id"])
-                _log.warning("not trained on %s: %s: %s", row["sample_id"], row["source_uri"], why)
+                told = logs.fields(
+                    "sample_failed",
+                    stage="train",
+                    row_id=row["sample_id"],
+                    uri=row["source_uri"],
+                    error=why,
+                )
+                said = "not trained on %s: %s: %s"
+                _log.warning(said, row["sample_id"], row["source_uri"], why, extra=told)
         if len(failed) < len(self.slots):
             self._unreadable_steps = 0
             return

@@ -1,0 +1,122 @@
+"""Where anything may be opened: below `REELWRIGHT_ALLOWED_ROOTS`, and never in some places.
+
+A manifest, or a dataset that somebody else made, names files and objects that workers open with
+rights of their own. `engine.storage` asks here before it opens, lists, writes or removes anything.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import posixpath
+import re
+import sysconfig
+from collections.abc import Iterable
+from typing import NamedTuple
+
+VARIABLE = "REELWRIGHT_ALLOWED_ROOTS"
+"""Folders and URI prefixes with commas, colons or white space between them; unset: no limit."""
+STORES = frozenset("s3 s3a gs gcs az abfs abfss hdfs viewfs hf memory".split())
+"""Schemes of object stores. Any other (http, ftp, zip, …) reaches what no store guards."""
+_SYSTEM, _DATA = ("/dev", "/proc", "/sys"), "/dev/shm"
+_SAME = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
+
+
+class NotAllowed(PermissionError):
+    """A path or URI that this program may not open, however its rights are set."""
+
+    def __init__(self, why: str, uri: str):
+        super().__init__(errno.EPERM, why, uri)
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+    def __reduce__(self) -> tuple[type[NotAllowed], tuple[str, str]]:
+        return type(self), (self.strerror, self.filename)
+
+
+class _Roots(NamedTuple):
+    local: tuple[str, ...]
+    remote: tuple[str, ...]
+    shown: str
+
+
+def check_local(path: str) -> None:
+    """Raises `NotAllowed` unless a local path may be opened; links are resolved first.
+
+    Where there is no limit only a link of that very name is resolved: to follow those of all
+    folders above costs more than to look at the file.
+
+    Raises:
+        ValueError: `REELWRIGHT_ALLOWED_ROOTS` itself is wrong.
+    """
+    if "\0" in path:
+        return  # no file has such a name
+    roots = _allowed()
+    named = os.path.abspath(path)
+    real = os.path.realpath(path) if roots or os.path.islink(path) else named
+    for one in (named, real):
+        if _is_below(one, _SYSTEM) and not _is_below(one, (_DATA,)):
+            raise NotAllowed(f"is in {', '.join(_SYSTEM)}: nothing in there is opened", path)
+    if roots is not None and not _is_below(real, roots.local):
+        raise NotAllowed(_outside(roots), path)
+
+
+def check_remote(uri: str) -> None:
+    """Raises `NotAllowed` unless an object or a folder of a store may be opened.
+
+    Raises:
+        ValueError: `REELWRIGHT_ALLOWED_ROOTS` itself is wrong.
+    """
+    scheme = uri.partition("://")[0].lower()
+    if scheme not in STORES:
+        known = ", ".join(sorted(STORES))
+        raise NotAllowed(
+            f"is of {scheme}://, and only local files and object stores ({known}) are opened: copy"
+            " it to one",
+            uri,
+        )
+    roots = _allowed()
+    if roots is not None and not _is_below(_normal(uri), roots.remote):
+        raise NotAllowed(_outside(roots), uri)
+
+
+def _allowed() -> _Roots | None:
+    text = os.environ.get(VARIABLE, "").strip()
+    return _read(text) if text else None
+
+
+@functools.lru_cache(maxsize=8)
+def _read(text: str) -> _Roots:
+    local, remote = [], []
+    named = [one for one in re.split(r"[,\s]+|:(?!//)", text) if one]
+    for one in named:
+        scheme = one.partition("://")[0].lower() if "://" in one else ""
+        if scheme in STORES:
+            remote.append(_normal(one))
+        elif not scheme and os.path.isabs(path := os.path.expanduser(one)):
+            local.append(os.path.realpath(path))
+        else:
+            raise ValueError(
+                f"{VARIABLE}: needs absolute folders and URIs of object stores, found {one!a}:"
+                " correct it"
+            )
+    # what runs anyway: VBench's prompts lie in its package
+    packages = os.path.realpath(sysconfig.get_paths()["purelib"])
+    return _Roots((*local, packages), tuple(remote), ", ".join(named))
+
+
+def _normal(uri: str) -> str:
+    """A URI for comparing: one spelling of its scheme, and no `..` that a client might resolve."""
+    scheme, _, rest = uri.partition("://")
+    scheme = scheme.lower()
+    return f"{_SAME.get(scheme, scheme)}://{posixpath.normpath(rest.lstrip('/'))}"
+
+
+def _is_below(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(root.rstrip("/") + "/") for root in roots)
+
+
+def _outside(roots: _Roots) -> str:
+    return f"is outside {VARIABLE} ({roots.shown}): move it there, or allow its folder"
