@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal, cast
 import tyro
 from rich.table import Table
 
-from cluster.jobs import token
+from cluster.jobs import WRONG_TOKEN, token
 from cluster.probe import Facts, Request, probe
 from cluster.shipping import FOLDERS
 from cluster.verdicts import (
@@ -104,6 +105,7 @@ def _looked(args: Check) -> Iterator[Finding]:
     from engine.session import connected
 
     try:
+        _show_token()
         with connected() as told:
             command.err.print(f"{told}: looking", highlight=False)
             nodes, dashboard = _nodes(), _dashboard()
@@ -116,14 +118,30 @@ def _looked(args: Check) -> Iterator[Finding]:
                 if mark is not None:
                     storage.delete(mark)
             yield from _of_cluster(args, request, nodes, answers, mine, dashboard)
-    except (AuthenticationError, ConnectionError) as error:
-        first = str(error).splitlines()[0].rstrip(".")
-        if "RAY_ADDRESS" in first:  # nobody listens there
-            raise
-        raise ConnectionError(
-            f"{first}: is it up, and is this its token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or"
-            " ~/.ray/auth_token, the one that it was started with)?"
-        ) from None
+    except AuthenticationError:
+        raise ConnectionError(f"the Ray cluster {WRONG_TOKEN}") from None
+
+
+def _show_token() -> None:
+    """Raises AuthenticationError at once where `ray.init` would wait for half a minute."""
+    from ray._raylet import GcsClient
+
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if "://" in address or not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return  # which is said when it is connected to
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # Ray's core writes there what it raises, too
+    try:
+        GcsClient(address=address)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _of_cluster(

@@ -34,7 +34,7 @@ _NO_TOKEN = (
     " (`ray get-auth-token --generate` makes one, for every machine, before `ray start`);"
     " RAY_AUTH_MODE=disabled is for a cluster without authentication"
 )
-_WRONG_TOKEN = (
+WRONG_TOKEN = (
     "refuses this token: give it the one that it was started with (RAY_AUTH_TOKEN,"
     " RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
 )
@@ -275,7 +275,7 @@ def _asked(ask: Callable[[], Any], address: str) -> Any:
     try:
         return ask()
     except AuthenticationError as error:
-        what = f"wants a token: {_NO_TOKEN}" if "required" in str(error) else _WRONG_TOKEN
+        what = f"wants a token: {_NO_TOKEN}" if "required" in str(error) else WRONG_TOKEN
         raise ConnectionError(f"the Ray cluster at {address} {what}") from None
     except requests.Timeout:
         raise ConnectionError(f"the Ray cluster at {address} does not answer in time") from None

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 TABLES = ("sources", "clips", "keyframes")
 SOME = (
     "coffee_pan.mp4", "dark.mp4", "astronaut_zoom.mp4", "cuts.mp4", "static.mp4", "fades.mp4",
-    "truncated.mp4", "portrait.mp4", "same_as_coffee_pan.mp4", "vfr.mp4", "two_to_one.mp4",
+    "truncated.mp4", "portrait.mp4", "same_as_coffee_pan.mp4",
 )  # fmt: skip
 STARTED, TRIALS = "Ray runtime started", 3
 

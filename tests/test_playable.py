@@ -64,7 +64,9 @@ def test_a_whole_file_that_browsers_know_is_played_as_it_is(
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize(("first", "num", "how"), [(24, 48, "copied"), (30, 25, "made H.264")])
+@pytest.mark.parametrize(
+    ("first", "num", "how"), [(24, 48, "copied"), (30, 25, "encoded"), (20, 70, "encoded")]
+)
 def test_a_span_has_exactly_its_frames(
     of: Callable[..., Any], tmp_path: Path, first: int, num: int, how: str
 ) -> None:

@@ -276,6 +276,20 @@ def test_signals_are_passed_on(number: signal.Signals, log: Path) -> None:
     assert "heard" in log.read_text()
 
 
+def test_what_ray_sends_to_all_itself_is_not_passed_on(log: Path) -> None:
+    """A second SIGTERM would tear apart the orderly end that the first one began."""
+    script = "trap 'echo heard' TERM; echo started; for i in 1 2 3 4 5 6; do sleep 0.2; done"
+    job = supervised("--", "sh", "-c", script, log=log)
+    wait_for(lambda: started(log))
+    send = f"exec -a ray::JobSupervisor {sys.executable} -c"
+    code = f"import os, time; os.kill({job.pid}, 15); time.sleep(20)"
+    ray = subprocess.Popen(["bash", "-c", f"{send} '{code}'"])
+    assert job.wait(30) == 0
+    ray.kill()
+    ray.wait()
+    assert log.read_text() == "started\n"
+
+
 def test_the_heartbeat_goes_on_beside_the_log_and_not_into_it(log: Path) -> None:
     job = supervised("--beat-s", "0.1", "--", "sh", "-c", "echo started; sleep 1.2", log=log)
     wait_for(lambda: started(log))
@@ -335,7 +349,7 @@ def submit(cluster: Cluster) -> Submitter:
 def test_a_curation_that_dies_in_the_middle_is_finished_by_the_same_command(
     submit: Submitter, samples: Path, tmp_path: Path
 ) -> None:
-    names = "coffee_pan astronaut_zoom two_to_one wide short vfr portrait truncated coins".split()
+    names = "coffee_pan two_to_one wide short portrait truncated coins".split()
     chosen = [s for s in SAMPLES if Path(s.name).stem in names]
     src, dst = tmp_path / "src", tmp_path / "set"
     src.mkdir()
@@ -437,14 +451,12 @@ print("started", flush=True)
 while not heard:
     time.sleep(0.05)
 time.sleep(4)  # longer than what Ray gives by itself
-print("heard", len(heard), flush=True)
+print("ended in order", flush=True)
 """
 
 
 @pytest.mark.slow
-def test_a_job_that_is_stopped_hears_it_once_and_may_end_in_order(
-    submit: Submitter, cluster: Cluster
-) -> None:
+def test_a_job_that_is_stopped_may_end_in_order(submit: Submitter, cluster: Cluster) -> None:
     follower = submit.start("--id", "polite", "--", "python", "-c", HEARS)
     wait_for(lambda: "started\n" in submit.log("polite"))
     ray = str(Path(sys.executable).parent / "ray")
@@ -452,7 +464,7 @@ def test_a_job_that_is_stopped_hears_it_once_and_may_end_in_order(
     subprocess.run(stop, env=cluster.job_env(), check=True, capture_output=True)
     out, err = follower.communicate(timeout=120)
     assert follower.returncode == 1 and "polite was stopped" in err
-    assert "heard 1\n" in out
+    assert "\nended in order\n" in out
 
 
 def test_a_cluster_that_cannot_be_had_is_one_line(cluster: Cluster, tmp_path: Path) -> None:

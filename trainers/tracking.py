@@ -210,7 +210,8 @@ class MetricsTable:
     def _write(self, rows: pa.Table, *, mode: str) -> lance.LanceDataset:
         import lance
 
-        return lance.write_dataset(rows, self._uri, mode=mode)
+        there = Path(self._uri).exists()  # else Lance warns that it makes one
+        return lance.write_dataset(rows, self._uri, mode=mode if there else "create")
 
 
 class _Beginning:

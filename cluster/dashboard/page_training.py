@@ -28,10 +28,8 @@ _UNITS = {
 """Title and unit of what a step logs."""
 _FIRST = ("loss",)
 _LEGEND = alt.Legend(title=None, orient="top", symbolOpacity=1, symbolType="circle")
-_DASHES = alt.Legend(
-    title=None, orient="top", symbolType="stroke", symbolStrokeColor="#8a93a3", symbolSize=400,
-    symbolOpacity=1, symbolStrokeWidth=2,
-)  # fmt: skip
+_DASHES = {"solid": [1, 0], "dashed": [7, 4], "dotted": [2, 3], "dash-dotted": [8, 3, 2, 3]}
+
 _SPEED = ("samples_per_s", "data_wait_frac", "tflops_per_s", "mfu", "memory_gib")
 
 
@@ -133,7 +131,9 @@ def _curves(series: Sequence[tuple[str, Stage]]) -> None:
         )
     charts = [([n], *_UNITS[n], smoothing) for n in ("grad_norm",) if n in logged]
     if rates:
-        charts.append((rates, "Learning rate", "by group of parameters", 0.0))
+        pairs = zip(_DASHES, map(_group, rates), strict=False)
+        unit = ", ".join(f"{look_of} {group}" for look_of, group in pairs)
+        charts.append((rates, "Learning rate", unit if len(rates) > 1 else "of all", 0.0))
     charts += [([n], *_UNITS[n], 0.0) for n in _SPEED if n in logged and _varies(series, n)]
     counted = [n for n in logged if n.startswith("num_") and any(s.total(n) for _, s in series)]
     charts += [([n], _title(n), "since the line before", 0.0) for n in counted]
@@ -145,6 +145,10 @@ def _curves(series: Sequence[tuple[str, Stage]]) -> None:
 
 def _varies(series: Sequence[tuple[str, Stage]], name: str) -> bool:
     return any(line.get(name) is not None for _, stage in series for line in stage.lines)
+
+
+def _group(name: str) -> str:
+    return name.removeprefix("lr_")
 
 
 def _title(name: str) -> str:
@@ -164,7 +168,7 @@ def _lines(
 ) -> alt.LayerChart:
     """Figures over steps; a colour a run, a dash a figure."""
     rows = [
-        {"run": run, "figure": name.removeprefix("lr_"), **point}
+        {"run": run, "figure": _group(name), **point}
         for run, stage in series
         for name in names
         for point in training.curve(stage, name, smoothing)
@@ -180,7 +184,8 @@ def _lines(
         color=alt.Color("run:N", scale=shades, legend=_LEGEND if legend else None),
     )
     if len(names) > 1:
-        base = base.encode(strokeDash=alt.StrokeDash("figure:N", legend=_DASHES))
+        dashes = alt.Scale(domain=[_group(n) for n in names], range=list(_DASHES.values()))
+        base = base.encode(strokeDash=alt.StrokeDash("figure:N", scale=dashes, legend=None))
     tips = [alt.Tooltip("run:N"), alt.Tooltip("step:Q", format=",.0f"),
             alt.Tooltip("value:Q", format=".6g", title=title.lower())]  # fmt: skip
     layers = []

@@ -277,6 +277,8 @@ def _made(root: str, offered: Offer, cache: str, cache_bytes: int) -> Playable:
             unit = dataclasses.replace(unit, source_uri=path)
         made = _copy(unit, folder) if offered.plays else None
         how = "copied out of its source" if made else f"made H.264 of {offered.codec}"
+        if offered.plays and not made:
+            how = "encoded anew, to begin and end on its frames"
         if made is None:
             made = _sandbox().call((unit, folder, "encode", ENCODING))[offered.span.clip_id]
             if not isinstance(made, Cut):
