@@ -429,7 +429,7 @@ def test_manifest_entries_that_are_no_files_are_rows_with_errors(tmp_path: Path)
     put(str(tmp_path), **{"list.txt": "dir\nnosuch://a/b.mp4\nhttp:/one-slash.mp4\n"})
     found = {s.uri: s.error for s in list_sources(str(tmp_path / "list.txt")).sources}
     assert found[f"{tmp_path}/dir"] == "is a folder, not a file"
-    assert "nothing installed here opens nosuch://" in found["nosuch://a/b.mp4"]
+    assert "is of nosuch://, and only local files and object stores" in found["nosuch://a/b.mp4"]
     assert "no such file" in found[f"{tmp_path}/http:/one-slash.mp4"]
 
 
@@ -594,7 +594,7 @@ def test_a_missing_bucket_and_a_store_that_does_not_answer(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "there is no such file or folder" in refusal("s3://no-such-bucket/videos")
-    assert "nothing installed here opens nosuch://" in refusal("nosuch://bucket/videos")
+    assert "is of nosuch://, and only local files and object stores" in refusal("nosuch://bucket/videos")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     assert "127.0.0.1:9" in refusal(f"{s3}/videos")

@@ -379,8 +379,8 @@ def test_a_store_that_does_not_answer_is_a_connection_error(
 
 
 def test_an_unknown_store_says_what_to_install() -> None:
-    with pytest.raises(ValueError, match="nothing installed here opens nosuch://"):
-        storage.stat("nosuch://a/b.mp4")
+    with pytest.raises(ValueError, match="nothing installed here opens viewfs://"):
+        storage.stat("viewfs://a/b.mp4")
 
 
 def test_a_store_that_only_pyarrow_opens_is_read_through_pyarrow(

@@ -266,7 +266,9 @@ class _Filling:
         gpus, share = cluster.get("GPU", 0.0), self.num_gpus
         if share is None:
             share = max(e.num_gpus for e in needed)
-        most, share = (int(gpus / share), share) if gpus and share else (int(cluster.get("CPU", 1)), 0.0)
+        if not (gpus and share):
+            gpus, share = 0.0, 0.0
+        most = int(gpus / share) if share else int(cluster.get("CPU", 1))
         limits = [most, self.workers, *(e.copies for e in needed)]
         return max(1, min(n for n in limits if n is not None)), {"share": 1.0, "num_gpus": share}
 
