@@ -387,8 +387,6 @@ class Follower:
         return attempt, state_of(attempt, None, now=time.time(), stale_s=self._stale_s)
 
     def _tail(self, submission_id: str) -> None:
-        from aiohttp import ClientError
-
         seen = 0
 
         def take(text: str) -> None:
@@ -402,8 +400,8 @@ class Follower:
 
         try:
             asyncio.run(self._jobs.tail(submission_id, take))
-        except (ClientError, RuntimeError, OSError):
-            return  # it is asked again, or what is missing is fetched at the end
+        except Exception:  # noqa: BLE001 - however the connection ends, what is missing is fetched
+            return
 
     def _rest(self, attempt: Attempt, tail: threading.Thread) -> None:
         """What the tail, which is seconds late, has not brought."""

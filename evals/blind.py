@@ -18,6 +18,7 @@ import av
 import av.error
 from av.bitstream import BitStreamFilterContext
 
+from engine.blobs import take_blobs
 from engine.cut import cut_clip
 from engine.encode import BITEXACT, NO_EDITS
 from engine.tables import DatasetError, read
@@ -60,7 +61,7 @@ def fetch(root: str, generation_ids: Sequence[str]) -> list[bytes]:
     row_ids = dict(zip(rows["generation_id"].to_pylist(), rows["_rowid"].to_pylist(), strict=True))
     if gone := [one for one in generation_ids if one not in row_ids]:
         raise DatasetError(f"{root} has no video {gone[0]} any more: the study was made with it")
-    blobs = table.take_blobs("mp4", ids=[row_ids[one] for one in generation_ids])
+    blobs = take_blobs(table, "mp4", ids=[row_ids[one] for one in generation_ids])
     return [blob.read() for blob in blobs]
 
 

@@ -594,7 +594,9 @@ def test_a_missing_bucket_and_a_store_that_does_not_answer(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "there is no such file or folder" in refusal("s3://no-such-bucket/videos")
-    assert "is of nosuch://, and only local files and object stores" in refusal("nosuch://bucket/videos")
+    assert "is of nosuch://, and only local files and object stores" in refusal(
+        "nosuch://bucket/videos"
+    )
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     assert "127.0.0.1:9" in refusal(f"{s3}/videos")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cluster.dashboard import lance_sql
 from cluster.dashboard.thresholds import SIGNS
+from engine.blobs import take_blobs
 from engine.operator import Rule, Stage
 from engine.schema import TABLES
 from engine.tables import read
@@ -301,7 +302,7 @@ def _thumbnails(root: str, version: int, clip_ids: tuple[str, ...]) -> dict[str,
     for row in rows.sort_by("time_s").to_pylist():
         of.setdefault(row["clip_id"], []).append(row["_rowid"])
     middles = {clip_id: ids[len(ids) // 2] for clip_id, ids in of.items()}
-    blobs = table.take_blobs("jpeg", ids=list(middles.values())) if middles else []
+    blobs = take_blobs(table, "jpeg", ids=list(middles.values())) if middles else []
     return {i: _small(b.read()) for i, b in zip(middles, blobs, strict=True) if b is not None}
 
 
@@ -327,7 +328,7 @@ def _keyframes(root: str, version: int, clip_id: str) -> list[tuple[float | None
     rows = rows.sort_by("time_s")
     if not rows.num_rows:
         return []
-    blobs = table.take_blobs("jpeg", ids=rows["_rowid"].to_pylist())
+    blobs = take_blobs(table, "jpeg", ids=rows["_rowid"].to_pylist())
     times = rows["time_s"].to_pylist()
     return [(at, b.read()) for at, b in zip(times, blobs, strict=True) if b is not None]
 

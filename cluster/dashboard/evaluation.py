@@ -17,6 +17,7 @@ import numpy as np
 import streamlit as st
 
 from cluster.dashboard import lance_sql, playable
+from engine.blobs import take_blobs
 from engine.cut import Span
 from engine.tables import DatasetError
 from evals import drift, leaderboard, showing, trend
@@ -336,7 +337,7 @@ def _stored(root: str, generation_id: str, sha256: str | None) -> bytes:
     )
     if not rows.num_rows:
         raise DatasetError(f"{root} has no video {generation_id} (any more)")
-    (blob,) = table.take_blobs("mp4", ids=[rows["_rowid"][0].as_py()])
+    (blob,) = take_blobs(table, "mp4", ids=[rows["_rowid"][0].as_py()])
     return blob.read()
 
 

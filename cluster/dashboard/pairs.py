@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from engine.blobs import take_blobs
 from cluster.dashboard import lance_sql, markup
 
 SHOWN = (
@@ -89,7 +90,7 @@ def keyframes(root: str, clip_ids: Sequence[str], most: int) -> dict[str, list[b
     for row in sorted(rows, key=lambda row: row["time_s"] or 0.0):
         of[row["clip_id"]].append(row)
     chosen = [row for listed in of.values() for row in _spread(listed, most)]
-    blobs = table.take_blobs("jpeg", ids=[row["_rowid"] for row in chosen]) if chosen else []
+    blobs = take_blobs(table, "jpeg", ids=[row["_rowid"] for row in chosen]) if chosen else []
     made: dict[str, list[bytes]] = defaultdict(list)
     for row, blob in zip(chosen, blobs, strict=True):
         made[row["clip_id"]].append(small(blob.read()))

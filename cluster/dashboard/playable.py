@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.dashboard import lance_sql
+from engine.blobs import take_blobs
 from engine import storage
 from engine.cut import Cut, Encoding, Span
 from engine.cutter import CutUnit, place_of
@@ -229,7 +230,7 @@ def _as_it_is(root: str, offered: Offer) -> Playable | None:
 
 
 def _blob(root: str, row_id: int, max_bytes: int) -> bytes:
-    (blob,) = lance_sql.newest(root, "cuts").take_blobs("mp4", ids=[row_id])
+    (blob,) = take_blobs(lance_sql.newest(root, "cuts"), "mp4", ids=[row_id])
     if blob is None or blob.size() > max_bytes:
         raise ValueError(f"a blob of at most {max_bytes} bytes is read")
     return blob.read()
