@@ -73,6 +73,8 @@ def main() -> None:
     if not places.only_vote:
         with st.sidebar:
             st.caption(f"dataset  \n`{places.dataset}`")
+            if places.evaluations != places.dataset:
+                st.caption(f"evaluations  \n`{places.evaluations}`")
     chosen.run()
 
 

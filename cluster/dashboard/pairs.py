@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from engine.blobs import take_blobs
 from cluster.dashboard import lance_sql, markup
+from engine.blobs import take_blobs
 
 SHOWN = (
     "pair_id", "clip_id", "source_uri", "media", "start_s", "end_s", "instruction",

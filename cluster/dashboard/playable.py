@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.dashboard import lance_sql
-from engine.blobs import take_blobs
 from engine import storage
+from engine.blobs import take_blobs
 from engine.cut import Cut, Encoding, Span
 from engine.cutter import CutUnit, place_of
 from engine.operator import Failed
