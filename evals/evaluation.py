@@ -49,8 +49,6 @@ class Plan:
     is_filtered: bool
     """Flickering is measured on what VBench's static filter leaves."""
     run_id: str = ""
-    night: str | None = None
-    """Date of a nightly evaluation."""
     videos: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """By folder of finished videos what it held when the run ended; see `held`."""
 
@@ -60,7 +58,7 @@ class Plan:
 
     def resolved(self) -> str:
         """As JSON, for `runs.resolved`."""
-        said = {name: x for name, x in vars(self).items() if name not in ("night", "videos")}
+        said = {name: x for name, x in vars(self).items() if name != "videos"}
         return json.dumps(said | {"suite": json.loads(self.suite.to_json())})
 
     @classmethod
@@ -79,7 +77,6 @@ class Plan:
             is_tiny=said["is_tiny"],
             is_filtered=said["is_filtered"],
             run_id=row["run_id"],
-            night=row.get("night"),
             videos=json.loads(row.get("counts") or "{}").get("videos", {}),
         )
 

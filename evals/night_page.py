@@ -81,7 +81,8 @@ def lines_of(report: Report, model: ModelNight) -> Iterator[tuple[str, ...]]:
 def tables(report: Report) -> Iterator[Table]:
     """A table a model, for a terminal."""
     for model in report.models:
-        made = Table(title=_heading(model), title_justify="left")
+        made = Table(title=_heading(model), title_justify="left", caption_justify="left")
+        made.caption = _TINY if model.is_tiny else None
         for num, head in enumerate(_HEADS):
             made.add_column(head, justify="left" if num in (0, len(_HEADS) - 1) else "right")
         for line in lines_of(report, model):
@@ -97,7 +98,7 @@ def markdown(report: Report) -> str:
         _about(report),
         f"**{report.status.capitalize()}**",
     ]
-    if _is_tiny(report):
+    if report.is_tiny:
         parts.append(_TINY)
     parts.append("\n".join(f"- {_plain(line)}" for line in report.sentences()))
     for model in report.models:
@@ -142,7 +143,7 @@ def html(report: Report, points: Sequence[TrendPoint]) -> str:
         f'<p class="status {kind}">{escape(report.status.capitalize())}</p></header>'
     )
     parts = [head]
-    if _is_tiny(report):
+    if report.is_tiny:
         parts.append(f'<p class="note bad">{escape(_TINY)}</p>')
     parts.append("<ul>" + "".join(f"<li>{escape(s)}</li>" for s in report.sentences()) + "</ul>")
     parts += [_section(report, model) for model in report.models]
@@ -163,10 +164,6 @@ def _about(report: Report) -> str:
         f" {sum(m.num_made for m in report.models):,} videos made,"
         f" {report.num_scored:,} scores measured in {report.seconds:,.0f} s"
     )
-
-
-def _is_tiny(report: Report) -> bool:
-    return any(model.is_tiny for model in report.models)
 
 
 def _heading(model: ModelNight) -> str:

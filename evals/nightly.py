@@ -150,7 +150,7 @@ def night(
         say(f"the night of {tonight.date} is done for {', '.join(sorted(done))}: not done again")
     todo = [name for name in tonight.names if again or name not in done]
     if todo:
-        specs = [_spec(tonight, name, there, say) for name in todo]
+        specs = [where(tonight, name, there, say) for name in todo]
         asked = dataclasses.replace(request(specs), night=tonight.date)
         _check(asked.models)
         found: list[Report] = []
@@ -184,7 +184,7 @@ def _nights(tonight: Tonight) -> list[Night]:
     return [one for one in found if one.date <= tonight.date]
 
 
-def _spec(tonight: Tonight, name: str, there: Sequence[Night], say: Say) -> str:
+def where(tonight: Tonight, name: str, there: Sequence[Night], say: Say) -> str:
     """NAME=WHERE of a model; of one whose night died, where it began."""
     if name in tonight.models:
         return f"{name}={tonight.models[name]}"

@@ -150,6 +150,11 @@ class Report:
         return REGRESSION if self.has_regressed else 0
 
     @property
+    def is_tiny(self) -> bool:
+        """Small random weights made or measured its videos: it means nothing."""
+        return any(model.is_tiny for model in self.models)
+
+    @property
     def status(self) -> str:
         """In a few words."""
         said = [
@@ -186,7 +191,7 @@ class Report:
         tested = sum(c.verdict != "too few" for c in self.comparisons)
         if tested:
             return f"no regression: {tested:,} comparisons, none worse beyond its noise"
-        return "nothing was compared: there is no earlier night of these models to compare with"
+        return "nothing was compared: no earlier night evaluated other exports of these models"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `of` reads it back."""

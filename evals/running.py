@@ -75,7 +75,6 @@ class Request:
             drift=self.recipe.drift,
             is_tiny=self.recipe.is_tiny,
             is_filtered=self.static is not None,
-            night=self.night,
         )
 
 

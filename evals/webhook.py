@@ -51,6 +51,8 @@ def told(report: Report) -> dict[str, Any]:
     """
     worse = report.regressions
     head = f"Nightly evaluation {report.date}, {report.recipe}: {report.status}"
+    if report.is_tiny:
+        head += " (MEANINGLESS: small random weights)"
     lines = [sentence(c) for c in worse]
     lines += [lost(one, with_reason=False) for one in report.losses]  # an error may name a path
     lines += [f"{m.name}: unchanged since {m.unchanged_since}" for m in report.models

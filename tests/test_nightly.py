@@ -25,11 +25,13 @@ import pytest
 from conftest import REPOSITORY, Cluster
 
 from engine.tables import DatasetError, read
-from evals import exports, night_page, webhook
+from evals import exports, night_page, nightly, webhook
+from evals.evaluation import Plan
 from evals.regressions import Earlier, averaged, compared, judged, needed
 from evals.report import Comparison, Loss, ModelNight, Report, Score
 from evals.results import Value
-from evals.trend import TrendPoint, nights_of, trend
+from evals.suites import custom
+from evals.trend import Night, TrendPoint, nights_of, trend
 from trainers.export import _checksums, model_card
 from trainers.recipes import recipe as train_recipe
 from trainers.system import Card
@@ -349,6 +351,31 @@ def test_the_newest_whole_export_is_taken(tmp_path: Path) -> None:
     assert exports.models_in([f"mine={runs / 'ours'}"]) == {"mine": runs / "ours"}
 
 
+def test_a_night_that_died_goes_on_with_the_export_that_it_began_with(tmp_path: Path) -> None:
+    begun = export(tmp_path / "ours" / "step-1", 1)
+    newer = export(tmp_path / "ours" / "step-2", 2)
+    tonight = nightly.Tonight(
+        root=str(tmp_path), date="2026-11-21", recipe="custom", asked="a", models={},
+        exports={"ours": tmp_path / "ours"},
+    )  # fmt: skip
+    plan = Plan(
+        recipe="custom", suite=custom(str(prompts_file(tmp_path)), dimensions=(DIMENSION,)),
+        models=({"name": "ours", "at": str(begun)},), dimensions=(DIMENSION,), metrics={}, seed=0,
+        clips=False, drift=(), is_tiny=False, is_filtered=False,
+    )  # fmt: skip
+    died = Night(date=tonight.date, run_id="r", models=("ours",), plan=plan, finished=False)
+    assert nightly.where(tonight, "ours", [], print) == f"ours={newer}"
+    assert nightly.where(tonight, "ours", [died], print) == f"ours={begun}"
+    (begun / "part.safetensors").unlink()
+    assert nightly.where(tonight, "ours", [died], print) == f"ours={newer}"
+
+
+def prompts_file(folder: Path, num: int = 1) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("".join(f"scene {n}\n" for n in range(num)))
+    return path
+
+
 def test_folders_without_an_export_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
     with pytest.raises(ValueError, match="no finished export"):
@@ -474,8 +501,8 @@ def test_three_nights_one_killed_half_way_and_one_with_a_planted_regression(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     made, posted = Endpoint(), list[dict[str, Any]]()
-    prompts, base, num = tmp_path / "prompts.txt", tmp_path / "base", 12
-    prompts.write_text("".join(f"scene {n}\n" for n in range(num)))
+    base, num = tmp_path / "base", 12
+    prompts = prompts_file(tmp_path, num)
     base.mkdir()
     fill(base, num, flicker=1.0)
 
@@ -490,7 +517,7 @@ def test_three_nights_one_killed_half_way_and_one_with_a_planted_regression(
 
         made.checkpoint, made.flicker, made.seed = "night-1", 1.0, 1
         said = nights.run(11)
-        assert said["comparisons"] == [] and "no earlier night" in said["sentences"][0]
+        assert said["comparisons"] == [] and "nothing was compared" in said["sentences"][0]
         assert (nights.count("generations"), nights.count("scores")) == (2 * num, 2 * num)
 
         made.checkpoint, made.seed, made.most = "night-2", 2, 5
@@ -553,6 +580,7 @@ def test_three_nights_one_killed_half_way_and_one_with_a_planted_regression(
         assert "MEANINGLESS" in (out / "report.html").read_text()
         (message,) = posted
         assert [x["model"] for x in message["regressions"]] == ["ours", "base"]
+        assert "MEANINGLESS" in message["text"]
         assert message["status"] == "regressed" and "Temporal Flickering" in message["text"]
         assert message["regressions"][0]["difference"] == d["mean"]
 

@@ -28,7 +28,7 @@ def show(places: Places) -> None:
     """The page."""
     look.begin(
         "Thresholds",
-        "Move one and see what would be kept. Nothing is written: the line at the end does that.",
+        "Move one and see what would be kept. Nothing is written: the line below does that.",
     )
     markup.style()
     cards.style()
@@ -54,15 +54,17 @@ def show(places: Places) -> None:
         column = _signal(recipe.stages, moved, start)
         moved = _sliders(root, recipe.stages, column, start)
     with right:
-        outcome, is_settled = _outcome(root, recipe.stages, moved)
+        outcome, is_settled = _outcome(root, recipe.stages, moved, start)
     rows = thresholds.rows_of(root, recipe.stages)
     with left:
         _histogram(root, rows, column, moved, outcome.then)
     with right:
         _result(rows, outcome, is_settled)
         _stages(recipe.stages, outcome, moved)
-    _examples(root, rows, recipe.stages, outcome, moved)
     _export(root, recipe, moved)
+    _examples(root, rows, outcome, moved)
+    if _trusts(outcome.now) and moved == start:
+        _check(root, recipe.stages, outcome.now, start)
 
 
 # What is moved
@@ -186,9 +188,29 @@ def _set_all(bounds: Mapping[tuple[str, str], float]) -> None:
 # What comes of it
 
 
-def _outcome(root: str, stages: Sequence[Stage], moved: Bounds) -> tuple[Outcome, bool]:
+def _trusts(now: Judged) -> bool:
+    """Whether what is published stands for its own bounds until it was judged behind the page.
+
+    A million clips are judged in about a second: they are shown before.
+    """
+    return len(now.codes) > thresholds.SETTLED_AT_ONCE and "judged_anew" not in st.session_state
+
+
+def _check(root: str, stages: Sequence[Stage], now: Judged, start: Bounds) -> None:
+    """Judges all clips, so that a move finds that done; a half-written dataset is shown anew."""
+    if not thresholds.agrees(thresholds.judged(root, stages, start), now):
+        st.session_state["judged_anew"] = True
+        st.rerun()
+
+
+def _outcome(
+    root: str, stages: Sequence[Stage], moved: Bounds, start: Bounds
+) -> tuple[Outcome, bool]:
     """What would be published; False where near-duplicates are still among the kept."""
-    now, found = thresholds.published(root), thresholds.judged(root, stages, moved)
+    now = thresholds.published(root)
+    if moved == start and _trusts(now):
+        return thresholds.compared(now, now), True
+    found = thresholds.judged(root, stages, moved)
     if all(stage.distinct is None for stage in stages):
         return thresholds.compared(now, found), True
     num = int(found.in_state("kept").sum())
@@ -327,9 +349,7 @@ def _histogram(root: str, rows: Any, column: str, moved: Bounds, then: Judged) -
         st.caption("; ".join(notes).capitalize() + ".")
 
 
-def _examples(
-    root: str, rows: Any, stages: Sequence[Stage], outcome: Outcome, moved: Bounds
-) -> None:
+def _examples(root: str, rows: Any, outcome: Outcome, moved: Bounds) -> None:
     """Clips that would be gained and lost, nearest to the bound that decides on them."""
     for title, found, judged in (
         ("Gained", outcome.gained, outcome.now),

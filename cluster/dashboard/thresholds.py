@@ -278,6 +278,14 @@ def same_as_published(found: Judged, now: Judged) -> bool:
     return np.array_equal(found.in_state("kept"), now.in_state("kept", "duplicate"))
 
 
+def agrees(found: Judged, now: Judged) -> bool:
+    """Whether what is published is what the rules say, near-duplicates aside."""
+    others = ("rejected", "failed", "pending")
+    return same_as_published(found, now) and all(
+        np.array_equal(found.in_state(state), now.in_state(state)) for state in others
+    )
+
+
 def with_published_copies(found: Judged, now: Judged, stages: Sequence[Stage]) -> Judged:
     """With the near-duplicates that are published: right where `same_as_published`."""
     stage = next(s.name for s in stages if s.distinct)
