@@ -18,6 +18,7 @@ from cluster import shipping
 from cluster.jobs import ENDED, Attempt, Follower, Jobs, State, attempt_id, authenticate
 from cluster.supervise import OVERDUE
 from engine import command
+from evals.report import REGRESSION
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SECRET = frozenset(
@@ -27,6 +28,8 @@ _SECRET = frozenset(
 _STOPS = 15.0
 """Seconds beyond its own grace that a stopped job gets to be known as stopped."""
 _DATE = "{date}"
+_FINAL = (None, 0, command.BAD_INPUT, REGRESSION)
+"""Exit codes after which the same again would end the same; None: somebody stopped it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,7 @@ def submit(args: Submit) -> int:
         if args.detach:
             return 0
         code = _followed(args, jobs, job, attempt)
-        if code in (0, command.BAD_INPUT, None) or retries < 1:
+        if code in _FINAL or retries < 1:
             return 1 if code is None else code
         retries -= 1
 
