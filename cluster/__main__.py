@@ -22,7 +22,6 @@ from cluster.check import Check, check
 from cluster.dashboard.serve import Dashboard, Vote, serve, serve_vote
 from cluster.submit import Submit, submit, with_separator
 from engine import command
-from engine.tables import DatasetError
 
 Command = (
     Annotated[Check, tyro.conf.subcommand("check")]
@@ -38,17 +37,8 @@ def main() -> int:
     args = command.arguments(Command, __doc__ or "")  # type: ignore[arg-type]
     command.set_up_logging()
     does = {Check: check, Submit: submit, Dashboard: serve, Vote: serve_vote}
-    try:
+    with command.in_one_line(stopped="stopped"):
         return does[type(args)](args)
-    except (DatasetError, ValueError) as error:
-        command.fail(str(error))
-    except ConnectionError as error:
-        command.fail(str(error), code=command.UNBALANCED)
-    except OSError as error:
-        command.fail(command.first_words(error), code=command.UNBALANCED)
-    except KeyboardInterrupt:
-        command.fail("stopped", code=command.INTERRUPTED)
-    return 0
 
 
 if __name__ == "__main__":

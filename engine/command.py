@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -72,6 +72,28 @@ def fail(message: str, code: int = BAD_INPUT) -> Any:
     else:
         sys.stderr.write(f"error: {said}\n")
     raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def in_one_line(
+    *given_up: type[Exception], stopped: str = "stopped: run the same command again to go on"
+) -> Iterator[None]:
+    """Ends the program with a line, not a stack trace, on what a user or the world did.
+
+    Args:
+        given_up: What a run gives up on, beside connections and files.
+        stopped: Said on Ctrl-C.
+    """
+    try:
+        yield
+    except ValueError as error:
+        fail(str(error))
+    except (ConnectionError, *given_up) as error:
+        fail(str(error), code=UNBALANCED)
+    except OSError as error:
+        fail(first_words(error), code=UNBALANCED)
+    except KeyboardInterrupt:
+        fail(stopped, code=INTERRUPTED)
 
 
 def first_words(error: Exception) -> str:

@@ -233,17 +233,8 @@ def main() -> int:
         Run: run, Nightly: nightly, Show: show, Compare: compare, Drift: drift, Runs: runs,
         Videos: videos, Weights: weights, Votes: votes,
     }  # fmt: skip
-    try:
+    with command.in_one_line(LeaseLost, Unloadable):
         return does[type(args)](args) or 0
-    except (DatasetError, ValueError) as error:
-        command.fail(str(error))
-    except (LeaseLost, ConnectionError, Unloadable) as error:
-        command.fail(str(error), code=command.UNBALANCED)
-    except OSError as error:
-        command.fail(command.first_words(error), code=command.UNBALANCED)
-    except KeyboardInterrupt:
-        command.fail("stopped: run the same command again to go on", code=command.INTERRUPTED)
-    return 0
 
 
 def run(args: Run) -> None:

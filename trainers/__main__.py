@@ -29,7 +29,7 @@ import tyro
 from engine import command
 from engine.lease import Lease
 from engine.session import connected
-from engine.tables import DatasetError, LeaseLost
+from engine.tables import LeaseLost
 from trainers.job import Job, Options, Stopped
 from trainers.recipes import (
     NAMES,
@@ -200,16 +200,8 @@ def main() -> int:
     args = command.arguments(Command, f"{__doc__}\nRecipes:\n\n{_NAMES}")  # type: ignore[arg-type]
     command.set_up_logging()
     does = {Cache: cache, Train: train, Export: export, Generate: generate, Analyse: analyse}
-    try:
+    with command.in_one_line(LeaseLost, Stopped):
         does[type(args)](args)
-    except (DatasetError, ValueError) as error:
-        command.fail(str(error))
-    except (LeaseLost, ConnectionError, Stopped) as error:
-        command.fail(str(error), code=command.UNBALANCED)
-    except OSError as error:
-        command.fail(command.first_words(error), code=command.UNBALANCED)
-    except KeyboardInterrupt:
-        command.fail("stopped: run the same command again to go on", code=command.INTERRUPTED)
     return 0
 
 
