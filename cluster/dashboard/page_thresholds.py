@@ -47,6 +47,7 @@ def show(places: Places) -> None:
             "Datasets of `classic`, `mimir`, `small`, `tiny` and `long` have.",
         )
         return
+    thresholds.foresee(root)
     start = thresholds.published_bounds(root, recipe.stages)
     moved = _moved(start)
     left, right = st.columns(2, gap="large")
@@ -55,16 +56,14 @@ def show(places: Places) -> None:
         moved = _sliders(root, recipe.stages, column, start)
     with right:
         outcome, is_settled = _outcome(root, recipe.stages, moved, start)
-    rows = thresholds.rows_of(root, recipe.stages)
     with left:
-        _histogram(root, rows, column, moved, outcome.then)
+        _histogram(root, column, moved, outcome.then)
     with right:
-        _result(rows, outcome, is_settled)
+        _result(root, outcome, is_settled)
         _stages(recipe.stages, outcome, moved)
     _export(root, recipe, moved)
-    _examples(root, rows, outcome, moved)
-    if _trusts(outcome.now) and moved == start:
-        _check(root, recipe.stages, outcome.now, start)
+    _examples(root, outcome, moved)
+    thresholds.prepare(root, recipe.stages)
 
 
 # What is moved
@@ -188,28 +187,14 @@ def _set_all(bounds: Mapping[tuple[str, str], float]) -> None:
 # What comes of it
 
 
-def _trusts(now: Judged) -> bool:
-    """Whether what is published stands for its own bounds until it was judged behind the page.
-
-    A million clips are judged in about a second: they are shown before.
-    """
-    return len(now.codes) > thresholds.SETTLED_AT_ONCE and "judged_anew" not in st.session_state
-
-
-def _check(root: str, stages: Sequence[Stage], now: Judged, start: Bounds) -> None:
-    """Judges all clips, so that a move finds that done; a half-written dataset is shown anew."""
-    if not thresholds.agrees(thresholds.judged(root, stages, start), now):
-        st.session_state["judged_anew"] = True
-        st.rerun()
-
-
 def _outcome(
     root: str, stages: Sequence[Stage], moved: Bounds, start: Bounds
 ) -> tuple[Outcome, bool]:
     """What would be published; False where near-duplicates are still among the kept."""
     now = thresholds.published(root)
-    if moved == start and _trusts(now):
-        return thresholds.compared(now, now), True
+    is_large = len(now.codes) > thresholds.SETTLED_AT_ONCE
+    if moved == start and is_large and not now.in_state("pending").any():
+        return thresholds.compared(now, now), True  # a million take half a second to judge
     found = thresholds.judged(root, stages, moved)
     if all(stage.distinct is None for stage in stages):
         return thresholds.compared(now, found), True
@@ -230,9 +215,9 @@ def _outcome(
         return thresholds.compared(now, thresholds.settled(root, stages, found)), True
 
 
-def _result(rows: Any, outcome: Outcome, is_settled: bool) -> None:
+def _result(root: str, outcome: Outcome, is_settled: bool) -> None:
     now, then = thresholds.states(outcome.now), thresholds.states(outcome.then)
-    lasts = np.nan_to_num(rows["duration_s"].to_numpy(zero_copy_only=False).astype(float))
+    lasts = np.nan_to_num(thresholds.values_of(root, "duration_s"))
     kept_s, keeps_s = (lasts[j.in_state("kept")].sum() for j in (outcome.now, outcome.then))
     first = st.columns(2)
     first[0].metric("Would be kept", look.count(then.get("kept", 0)),
@@ -291,8 +276,8 @@ def _by_rule(judged: Judged) -> dict[tuple[str, str], int]:
     return found
 
 
-def _histogram(root: str, rows: Any, column: str, moved: Bounds, then: Judged) -> None:
-    spread = thresholds.spread(root, column, rows)
+def _histogram(root: str, column: str, moved: Bounds, then: Judged) -> None:
+    spread = thresholds.spread(root, column)
     if spread is None:
         return
     bounds = [bound for (name, _), bound in moved.items() if name == column]
@@ -306,7 +291,7 @@ def _histogram(root: str, rows: Any, column: str, moved: Bounds, then: Judged) -
             return 0
         return 1 if group.state == "rejected" and group.crossed in crossed else 2
 
-    values = rows[column].to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
+    values = thresholds.values_of(root, column)
     counts = thresholds.histogram(values, then.told(part), low, high)
     edges = np.linspace(low, high, counts.shape[1] + 1).tolist()
     parts = ("kept", _OUT, _ELSE)
@@ -339,7 +324,7 @@ def _histogram(root: str, rows: Any, column: str, moved: Bounds, then: Judged) -
         .encode(x="bound:Q", tooltip=[alt.Tooltip("bound:Q", format=".6g")])
     )
     look.chart((bars + lines).properties(height=300))
-    unmeasured = rows.num_rows - spread.num
+    unmeasured = len(values) - spread.num
     notes = []
     if spread.beyond:
         notes.append(f"in the outer bars: {look.count(spread.beyond)} that lie beyond the ends")
@@ -349,7 +334,7 @@ def _histogram(root: str, rows: Any, column: str, moved: Bounds, then: Judged) -
         st.caption("; ".join(notes).capitalize() + ".")
 
 
-def _examples(root: str, rows: Any, outcome: Outcome, moved: Bounds) -> None:
+def _examples(root: str, outcome: Outcome, moved: Bounds) -> None:
     """Clips that would be gained and lost, nearest to the bound that decides on them."""
     for title, found, judged in (
         ("Gained", outcome.gained, outcome.now),
@@ -359,31 +344,31 @@ def _examples(root: str, rows: Any, outcome: Outcome, moved: Bounds) -> None:
         if not len(found):
             continue
         st.subheader(f"{title}: {look.count(len(found))}", anchor=False)
-        chosen = _nearest(rows, found, judged, moved)
-        shown = dict(zip(chosen, clips.at(root, chosen), strict=True))
-        why = {row["clip_id"]: _deciding(rows, place, judged) for place, row in shown.items()}
-        cards.grid(root, list(shown.values()), beside=lambda r, why=why: why[r["clip_id"]])
+        chosen = _nearest(root, found, judged, moved)
+        shown = clips.at(root, chosen, *(name for name, _ in moved))
+        why = {
+            row["clip_id"]: _deciding(row, judged.group_of(place))
+            for place, row in zip(chosen, shown, strict=True)
+        }
+        cards.grid(root, shown, beside=lambda r, why=why: why[r["clip_id"]])
 
 
-def _nearest(rows: Any, found: np.ndarray, judged: Judged, moved: Bounds) -> list[int]:
+def _nearest(root: str, found: np.ndarray, judged: Judged, moved: Bounds) -> list[int]:
     """Some of these rows: those whose deciding value is nearest to its bound."""
     far = np.full(len(found), np.inf)
     for number, group in enumerate(judged.groups):
         for (column, which), bound in moved.items():
             if group.crossed == column + SIGNS[which]:
                 here = judged.codes[found] == number
-                values = rows[column].to_numpy(zero_copy_only=False)[found[here]]
-                far[here] = np.abs(values.astype(np.float64) - bound)
+                far[here] = np.abs(thresholds.values_of(root, column)[found[here]] - bound)
     return found[np.argsort(far, kind="stable")[:_SHOWN]].tolist()
 
 
-def _deciding(rows: Any, row: int, judged: Judged) -> str:
-    group = judged.group_of(row)
+def _deciding(row: Mapping[str, Any], group: Group) -> str:
+    """The value that decides, or the state that it comes from."""
     column, sign = funnel.parsed(group.crossed)
-    if column in rows.column_names and sign:
-        value = rows[column][row].as_py()
-        return f"{column} {value:.4g}" if isinstance(value, float | int) else f"{column} {value}"
-    return f"{group.state} {group.stage}".strip()
+    value = row.get(column)
+    return f"{column} {value:.4g}" if sign and value is not None else group.state
 
 
 # What is exported

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ SETTLED_AT_ONCE = 30_000
 SETTLE_S = 35e-6
 """For each clip, with five keyframes: see `engine.duplicates.settle`."""
 _PART = 131_072
+_SHOWN_S = 1.0
+"""A browser has shown a page by then."""
 
 
 @dataclass(frozen=True, order=True)
@@ -167,9 +170,14 @@ def tidy(bound: float) -> float:
 
 
 def rows_of(root: str, stages: Sequence[Stage]) -> pa.Table:
-    """Columns that judging needs, and `duration_s`; kept in memory."""
-    names = tuple(dict.fromkeys([*columns_read(stages), "duration_s"]))
-    return lance_sql.columns(root, "clips", names)
+    """Columns that judging needs; kept in memory."""
+    return lance_sql.columns(root, "clips", tuple(columns_read(stages)))
+
+
+def values_of(root: str, column: str) -> np.ndarray:
+    """A signal of all clips, float (N,), nan where it was not measured; kept in memory."""
+    values = lance_sql.columns(root, "clips", (column,))[column]
+    return values.cast(pa.float64()).to_numpy(zero_copy_only=False)
 
 
 def published(root: str) -> Judged:
@@ -183,6 +191,28 @@ def _published(root: str, version: int) -> Judged:
     with ThreadPoolExecutor() as threads:  # Lance and Arrow work outside of Python's lock
         names = ["state", "stage", "reason"]
         return _joined(list(threads.map(lambda f: _coded(f.to_table(columns=names)), fragments)))
+
+
+def prepare(root: str, stages: Sequence[Stage]) -> None:
+    """Judges all clips behind a page that is shown, so that a first move finds that done."""
+    key = root, lance_sql.newest(root, "clips").version
+    if key not in _prepared:
+        _prepared.add(key)
+        _behind.submit(_prepare, root, stages)
+
+
+_prepared: set[tuple[str, int]] = set()
+_behind = ThreadPoolExecutor(2, thread_name_prefix="thresholds")
+
+
+def foresee(root: str) -> None:
+    """Begins to read what a page needs a little later."""
+    _behind.submit(published, root)
+
+
+def _prepare(root: str, stages: Sequence[Stage]) -> None:
+    time.sleep(_SHOWN_S)
+    judged(root, stages, published_bounds(root, stages))
 
 
 def judged(root: str, stages: Sequence[Stage], bounds: Bounds) -> Judged:
@@ -278,14 +308,6 @@ def same_as_published(found: Judged, now: Judged) -> bool:
     return np.array_equal(found.in_state("kept"), now.in_state("kept", "duplicate"))
 
 
-def agrees(found: Judged, now: Judged) -> bool:
-    """Whether what is published is what the rules say, near-duplicates aside."""
-    others = ("rejected", "failed", "pending")
-    return same_as_published(found, now) and all(
-        np.array_equal(found.in_state(state), now.in_state(state)) for state in others
-    )
-
-
 def with_published_copies(found: Judged, now: Judged, stages: Sequence[Stage]) -> Judged:
     """With the near-duplicates that are published: right where `same_as_published`."""
     stage = next(s.name for s in stages if s.distinct)
@@ -362,16 +384,14 @@ class Spread:
     """Of these, outside."""
 
 
-def spread(root: str, column: str, rows: pa.Table) -> Spread | None:
+def spread(root: str, column: str) -> Spread | None:
     """Where the values of a signal lie; None where no clip has any."""
-    return _spread(root, lance_sql.newest(root, "clips").version, column, rows)
+    return _spread(root, lance_sql.newest(root, "clips").version, column)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
-def _spread(root: str, version: int, column: str, _rows: pa.Table) -> Spread | None:
-    values = _rows[column].to_numpy(zero_copy_only=False)
-    if values.dtype.kind == "O" or not len(values):  # nothing but nulls
-        return None
+def _spread(root: str, version: int, column: str) -> Spread | None:
+    values = values_of(root, column)
     known = values[np.isfinite(values)]
     if not len(known):
         return None
