@@ -473,6 +473,23 @@ def bench_vbench(work: Path) -> list[Line]:
     return [Line(*figure) for figure in vbench(work)]
 
 
+def bench_dashboard(work: Path) -> list[Line]:
+    """Pages of a million clips in a browser, and a threshold that is moved there."""
+    from bench_dashboard import make, measure
+
+    root = str(work / "million")
+    make(root, MILLION)
+    return [
+        Line(
+            one.what,
+            f"{one.seconds:.1f} s",
+            f"under {one.target_s:g} s" if one.target_s else "",
+            one.met,
+        )
+        for one in measure(root)
+    ]
+
+
 BENCHES: dict[str, Callable[[Path], list[Line]]] = {
     "decode": bench_decode,
     "cores": bench_cores,
@@ -490,6 +507,7 @@ BENCHES: dict[str, Callable[[Path], list[Line]]] = {
     "conditioning": bench_conditioning,
     "windows": bench_windows,
     "vbench": bench_vbench,
+    "dashboard": bench_dashboard,
 }
 
 

@@ -37,7 +37,7 @@ KEYFRAMES_A_CLIP = 3
 TARGET_S = 3.0
 MOVE_S = 1.0
 PAGES = {
-    "Funnel": ("", ("#states td", ".marks")),
+    "Funnel": ("funnel", ("#states td", ".marks")),
     "Clips": ("clips", (".rw-card img",)),
     "Thresholds": ("thresholds", ("#by-rule td", ".marks", "[data-testid=stDownloadButton]")),
 }
