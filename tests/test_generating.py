@@ -238,14 +238,14 @@ def test_a_killed_run_goes_on(
 
     def reply(asked: dict[str, Any]) -> Answer:
         if asked["prompt"] == "cat 3":
-            hold.wait(120)
+            hold.wait(220)
         return Answer(200, mp4(int(asked["prompt"][-1]) % 7))
 
     server.reply = reply
     process = subprocess.Popen(
         [sys.executable, "-c", _DRIVER, root, server.url], cwd=REPOSITORY, env=cluster.env
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not (stored := stored_in(root)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
