@@ -22,6 +22,7 @@ from conftest import REPOSITORY, Cluster, free_ports, rows
 from cluster import shipping
 from cluster.jobs import Attempt, Beat, state_of
 from cluster.submit import Submit, entrypoint, environment, job_id, with_separator
+from engine.tables import DatasetError
 from pipelines.samples import SAMPLES
 
 TODAY = datetime.date(2026, 11, 22)
@@ -346,10 +347,11 @@ def submit(cluster: Cluster) -> Submitter:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # two whole jobs
 def test_a_curation_that_dies_in_the_middle_is_finished_by_the_same_command(
     submit: Submitter, samples: Path, tmp_path: Path
 ) -> None:
-    names = "coffee_pan two_to_one wide short portrait truncated coins".split()
+    names = "coffee_pan two_to_one wide short portrait truncated coins long_take".split()
     chosen = [s for s in SAMPLES if Path(s.name).stem in names]
     src, dst = tmp_path / "src", tmp_path / "set"
     src.mkdir()
@@ -361,7 +363,14 @@ def test_a_curation_that_dies_in_the_middle_is_finished_by_the_same_command(
     name = first.stderr.readline().split()[1].rstrip(",")
     assert name.startswith("curate-")
     expected = sum(len(s.clips) for s in chosen)
-    wait_for(lambda: (dst / "clips.lance").is_dir() and len(rows(dst, "clips")) > 0, 150)
+
+    def num_clips() -> int:
+        try:
+            return len(rows(dst, "clips"))
+        except DatasetError:  # not there yet, or being made
+            return 0
+
+    wait_for(num_clips, 240)
     os.kill(submit.heartbeat(name)["supervisor"], signal.SIGKILL)
     _, err = first.communicate(timeout=120)
     assert first.returncode == 137 and "failed" in err
