@@ -68,7 +68,7 @@ def suite() -> Suite:
     return Suite(name="nine", source="this test", prompts=prompts)
 
 
-def plan(recipe: str, models: Sequence[str] = tuple(MODELS), night: str | None = None) -> Plan:
+def plan(recipe: str, models: Sequence[str] = tuple(MODELS)) -> Plan:
     return Plan(
         recipe=recipe,
         suite=suite(),
@@ -84,7 +84,6 @@ def plan(recipe: str, models: Sequence[str] = tuple(MODELS), night: str | None =
         drift=(),
         is_tiny=recipe.startswith("tiny_"),
         is_filtered=False,
-        night=night,
     )  # fmt: skip
 
 
@@ -174,7 +173,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_run(writer, plan("tiny_rise"), "tiny run", -24)
     for day, value in ((18, 0.61), (19, 0.58)):
         date = f"2026-11-{day}"
-        night = plan("rise", ("ours",), night=date)
+        night = plan("rise", ("ours",))
         counts = json.dumps({"scores": {}, "night": report(date, value).to_dict()})
         add_run(writer, night, f"night {date}", -72 + day, counts=counts, night=date)
     return root
