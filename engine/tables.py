@@ -95,14 +95,17 @@ def read(root: str, name: str, version: int | None = None) -> lance.LanceDataset
     identity(root)
     uri = table_uri(root, name)
     try:
-        return lance.dataset(uri, version=version, storage_options=storage.lance_options(uri))
+        table = lance.dataset(uri, version=version, storage_options=storage.lance_options(uri))
+        if not table.schema.names:  # zeros, as a crash of a machine leaves them, read as no columns
+            raise ValueError("its manifest is damaged")
+        return table
     except (ValueError, OSError) as error:
         if f"{name}.lance" not in storage.names_in(root):
             raise DatasetError(
                 f"{root} has no table {name!r}: an earlier version made it, and the next run of"
                 " pipelines/curate.py or `python -m evals run` on it adds what is missing"
             ) from error
-        said = str(error).splitlines()[0]
+        said = str(error).splitlines()[0].split(", /")[0]
         raise DatasetError(f"{root}: its table {name!r} cannot be opened: {said}") from error
 
 

@@ -245,7 +245,7 @@ def test_drift_nights_and_differences(url: str, browser: Any) -> None:
     assert shown["ours"][2] == "+0.0000"
     browser.visit(f"{url}/evaluation?view=Trend")
     assert table_of(browser, "trend") == [["ours", "2026-11-19", "0.5800", "0.0100", "9", "no"]]
-    assert "nothing was compared: there is no earlier night" in browser.text
+    assert "nothing was compared: no earlier night evaluated other exports" in browser.text
     browser.visit(f"{url}/evaluation?view=Differences")
     found = {row[0]: row for row in table_of(browser, "differences")}
     assert found["Motion Smoothness"][3] == "+0.0500", "of the first model less the second"
