@@ -120,7 +120,7 @@ def test_a_damaged_table_is_a_line_on_its_pages(
         (told,) = browser.all("[data-testid='stAlertContentError']")
         assert "its table 'clips' cannot be opened" in told.text
         assert not browser.all("[data-testid='stException']")
-    browser.visit(f"{url}/runs")
+    browser.visit(f"{url}/evaluation")  # which reads other tables
     assert not browser.all("[data-testid='stAlertContentError']"), browser.text
 
 
