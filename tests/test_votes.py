@@ -10,7 +10,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import av
 import lance
@@ -318,6 +320,22 @@ def test_of_racing_tabs_one_vote_counts(tmp_path: Path) -> None:
     assert all(len(found) == 1 for found in winners.values()), "a vote is of one tab, whole"
     told = {item: me for me, items in said.items() for item in items.split()}
     assert {item: {me} for item, me in told.items()} == winners, "who won was told so"
+
+
+def test_a_table_that_several_servers_make_at_once_is_made_once(tmp_path: Path) -> None:
+    """A second making would be a version that overwrites the first, and its votes."""
+    study, many = made("rise", 1), 4
+    with ThreadPoolExecutor(many) as pool:
+        for number in range(12):
+            path = tmp_path / str(number)
+            ready = Barrier(many)
+
+            def opened(_: int, path: Path = path, ready: Barrier = ready) -> set[str]:
+                ready.wait()
+                return ballots.voted(str(path), study, "a")
+
+            assert list(pool.map(opened, range(many))) == [set()] * many
+            assert lance.dataset(str(path / "votes.lance")).version == 1
 
 
 def test_thousands_of_votes_stay_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
