@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +14,7 @@ from typing import Annotated, Any, Literal, cast
 import tyro
 from rich.table import Table
 
-from cluster.jobs import WRONG_TOKEN, token
+from cluster.jobs import token
 from cluster.probe import Facts, Request, probe
 from cluster.shipping import FOLDERS
 from cluster.verdicts import (
@@ -100,48 +98,20 @@ def check(args: Check) -> int:
 
 def _looked(args: Check) -> Iterator[Finding]:
     """All that is found out, in the order in which it is shown."""
-    from ray.exceptions import AuthenticationError
-
     from engine.session import connected
 
-    try:
-        _show_token()
-        with connected() as told:
-            command.err.print(f"{told}: looking", highlight=False)
-            nodes, dashboard = _nodes(), _dashboard()
-            request, here, mark = _request(args, dashboard)
-            yield from here
-            mine = probe(_baseline())
-            try:
-                answers = _asked(nodes, request, args.timeout_s)
-            finally:
-                if mark is not None:
-                    storage.delete(mark)
-            yield from _of_cluster(args, request, nodes, answers, mine, dashboard)
-    except AuthenticationError:
-        raise ConnectionError(f"the Ray cluster {WRONG_TOKEN}") from None
-
-
-def _show_token() -> None:
-    """Raises AuthenticationError at once where `ray.init` would wait for half a minute."""
-    from ray._raylet import GcsClient
-
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rpartition(":")
-    if "://" in address or not (host and port.isdigit()):
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=2).close()
-    except OSError:
-        return  # which is said when it is connected to
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)  # Ray's core writes there what it raises, too
-    try:
-        GcsClient(address=address)
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    with connected() as told:
+        command.err.print(f"{told}: looking", highlight=False)
+        nodes, dashboard = _nodes(), _dashboard()
+        request, here, mark = _request(args, dashboard)
+        yield from here
+        mine = probe(_baseline())
+        try:
+            answers = _asked(nodes, request, args.timeout_s)
+        finally:
+            if mark is not None:
+                storage.delete(mark)
+        yield from _of_cluster(args, request, nodes, answers, mine, dashboard)
 
 
 def _of_cluster(
@@ -316,36 +286,17 @@ def _to_be_made(root: str, place: str) -> Finding:
 
 def _state(root: str) -> Finding:
     """A dataset that is there: rows, and who has it."""
+    from engine.lease import holder
     from engine.tables import identity, read
 
     recipe = identity(root)["recipe"]
     counts = ", ".join(f"{read(root, t).count_rows():,} {t}" for t in ("sources", "clips"))
-    owner = holder(root, time.time())
+    owner = holder(root)
     return Finding(
         check="dataset", machine="here", verdict="warning" if owner else "ok",
         found=f"{root}: recipe {recipe}, {counts}" + (f"; {owner}" if owner else "; free"),
         todo="wait for that run, or stop it" if owner else "",
     )  # fmt: skip
-
-
-def holder(root: str, now: float) -> str | None:
-    """Who has a dataset's lease, in words; None where nobody has.
-
-    Args:
-        root: The dataset.
-        now: Unix time in s.
-    """
-    terms = [n for n in storage.names_in(storage.join(root, "lease")) if n.endswith(".json")]
-    if not terms:
-        return None
-    owner = json.loads(storage.read_bytes(storage.join(root, "lease", max(terms))))
-    silent_s = now - owner["beat"]
-    if owner["released"] or silent_s > owner["expiry_s"]:
-        return None
-    return (
-        f"in use by run {owner['run_id']} (process {owner['pid']} on {owner['host']}, last heard of"
-        f" {max(silent_s, 0):.0f} s ago)"
-    )
 
 
 # asking

@@ -34,10 +34,6 @@ _NO_TOKEN = (
     " (`ray get-auth-token --generate` makes one, for every machine, before `ray start`);"
     " RAY_AUTH_MODE=disabled is for a cluster without authentication"
 )
-WRONG_TOKEN = (
-    "refuses this token: give it the one that it was started with (RAY_AUTH_TOKEN,"
-    " RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
-)
 State = Literal["waiting", "live", "stale", "succeeded", "failed", "stopped"]
 ENDED: tuple[State, ...] = ("succeeded", "failed", "stopped")
 
@@ -271,6 +267,8 @@ def _asked(ask: Callable[[], Any], address: str) -> Any:
     """What a request gives; whatever goes wrong is one line."""
     import requests
     from ray.exceptions import AuthenticationError
+
+    from engine.session import WRONG_TOKEN
 
     try:
         return ask()

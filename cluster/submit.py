@@ -18,7 +18,6 @@ from cluster import shipping
 from cluster.jobs import ENDED, Attempt, Follower, Jobs, State, attempt_id, authenticate
 from cluster.supervise import OVERDUE
 from engine import command
-from evals.report import REGRESSION
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SECRET = frozenset(
@@ -28,7 +27,7 @@ _SECRET = frozenset(
 _STOPS = 15.0
 """Seconds beyond its own grace that a stopped job gets to be known as stopped."""
 _DATE = "{date}"
-_FINAL = (None, 0, command.BAD_INPUT, REGRESSION)
+_FINAL = (None, 0, command.BAD_INPUT, command.REGRESSION)
 """Exit codes after which the same again would end the same; None: somebody stopped it."""
 
 
@@ -52,7 +51,8 @@ class Submit:
     deadline_s: float | None = None
     """The job is stopped after so long, and counts as failed."""
     retries: int = 0
-    """Attempts after one that failed, in this same call; the next call makes one anyway."""
+    """Attempts after one that failed, in this same call; the next call makes one anyway. None
+    follows exit code 2 (wrong input) or 3 (a regression was found), which would come again."""
     detach: bool = False
     """Submit, and do not wait."""
     follow: bool = False

@@ -30,7 +30,8 @@ from rich.progress import (
 
 from engine import logs, storage
 
-BAD_INPUT, UNBALANCED, INTERRUPTED = 2, 1, 130
+UNBALANCED, BAD_INPUT, REGRESSION, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes of every command: the same command again may help after the first and the last."""
 
 
 class _Console(Console):
@@ -76,12 +77,15 @@ def fail(message: str, code: int = BAD_INPUT) -> Any:
 
 @contextlib.contextmanager
 def in_one_line(
-    *given_up: type[Exception], stopped: str = "stopped: run the same command again to go on"
+    *given_up: type[Exception],
+    failing: str = "",
+    stopped: str = "stopped: run the same command again to go on",
 ) -> Iterator[None]:
     """Ends the program with a line, not a stack trace, on what a user or the world did.
 
     Args:
         given_up: What a run gives up on, beside connections and files.
+        failing: What a file's error is about, where the error itself may not say.
         stopped: Said on Ctrl-C.
     """
     try:
@@ -91,14 +95,16 @@ def in_one_line(
     except (ConnectionError, *given_up) as error:
         fail(str(error), code=UNBALANCED)
     except OSError as error:
-        fail(first_words(error), code=UNBALANCED)
+        said = first_words(error)
+        fail(f"{failing}: {said}" if failing else said, code=UNBALANCED)
     except KeyboardInterrupt:
         fail(stopped, code=INTERRUPTED)
 
 
 def first_words(error: Exception) -> str:
     """What an error says, without where in a library's source it was raised."""
-    return str(error).splitlines()[0].split(", /")[0]
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].split(", /")[0]
 
 
 def set_up_logging() -> None:

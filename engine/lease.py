@@ -49,9 +49,15 @@ class Lease:
         storage.make_folder(storage.join(self.root, "lease"))
         while True:
             newest = _newest_term(self.root)
-            if newest and _refuse_if_alive(self.root, _term_uri(self.root, newest), self.run_id):
+            owner = _living_owner(self.root, newest)
+            if owner and owner["run_id"] == self.run_id:
                 self.term = newest  # a store may lose the answer to a put that succeeded
                 break
+            if owner:
+                raise DatasetError(
+                    f"{self.root} is {_in_words(owner)}: wait for it, stop it, or name another"
+                    f" folder (it counts as gone after {owner['expiry_s']:.0f} s of silence)"
+                )
             self.term = newest + 1
             if storage.put_if_absent(_term_uri(self.root, self.term), self._record()):
                 break
@@ -102,6 +108,12 @@ class Lease:
                 storage.delete(_term_uri(self.root, term))
 
 
+def holder(root: str) -> str | None:
+    """Who has a dataset, in words; None where no living driver does."""
+    owner = _living_owner(root, _newest_term(root))
+    return _in_words(owner) if owner else None
+
+
 def _term_uri(root: str, term: int) -> str:
     return storage.join(root, "lease", f"{term:0{_WIDTH}d}.json")
 
@@ -115,21 +127,22 @@ def _newest_term(root: str) -> int:
     return max(_terms(root), default=0)
 
 
-def _refuse_if_alive(root: str, uri: str, run_id: str) -> bool:
-    """Whether the term is our own already; refuses where it is a living driver's."""
+def _living_owner(root: str, term: int) -> dict[str, Any] | None:
+    """The driver whose term it is; None where it has ended, released it, or there is none."""
     try:
-        owner: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        owner: dict[str, Any] = json.loads(storage.read_bytes(_term_uri(root, term)))
     except FileNotFoundError:
-        return False
-    if owner["run_id"] == run_id:
-        return True
+        return None
     silent_s = time.time() - owner["beat"]
-    if owner["released"] or silent_s > owner["expiry_s"] or _is_dead(owner):
-        return False
-    raise DatasetError(
-        f"{root} is in use by run {owner['run_id']} (process {owner['pid']} on {owner['host']}, "
-        f"last heard of {max(silent_s, 0):.0f} s ago): wait for it, stop it, or name another"
-        f" folder (it counts as gone after {owner['expiry_s']:.0f} s of silence)"
+    gone = owner["released"] or silent_s > owner["expiry_s"] or _is_dead(owner)
+    return None if gone else owner
+
+
+def _in_words(owner: dict[str, Any]) -> str:
+    silent_s = max(time.time() - owner["beat"], 0)
+    return (
+        f"in use by run {owner['run_id']} (process {owner['pid']} on {owner['host']}, last heard of"
+        f" {silent_s:.0f} s ago)"
     )
 
 

@@ -16,12 +16,17 @@ from typing import Any
 
 import ray
 import ray.data
+from ray._raylet import GcsClient
 from ray.util.annotations import RayDeprecationWarning
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a cluster of our own: only numbers and file names pass through it."""
 NO_PROGRESS_S = 1800
+WRONG_TOKEN = (
+    "refuses this token: give it the one that it was started with (RAY_AUTH_TOKEN,"
+    " RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +38,7 @@ def connected(workers: int | None = None) -> Iterator[str]:
     this machine, else a new one with this machine's cores (or `workers`), ended afterwards.
 
     Raises:
-        ConnectionError: `RAY_ADDRESS` names a cluster that does not answer.
+        ConnectionError: `RAY_ADDRESS` names a cluster that does not answer, or refuses the token.
     """
     address = _running()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -61,7 +66,11 @@ def _start(**how: Any) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         with _without_stderr():
+            if _host_port(how["address"]):
+                GcsClient(address=how["address"])  # tells at once what `init` retries for 30 s
             ray.init(log_to_driver=False, logging_level="ERROR", **how)
+    except ray.exceptions.AuthenticationError:
+        raise ConnectionError(f"the Ray cluster at {how['address']} {WRONG_TOKEN}") from None
     except ray.exceptions.RaySystemError as error:
         raise ConnectionError(f"Ray does not start: {str(error).splitlines()[0]}") from error
     if in_main_thread:

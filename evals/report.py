@@ -10,12 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engine import command
 from evals.compare import MIN_PROMPTS, Difference
 from evals.dimensions import DIMENSIONS
 from evals.drift import COLUMN
 
-REGRESSION = 3
-"""Exit code of a night with a regression; 1, 2 and 130 are those of every command."""
 Against = Literal["previous", "window"]
 Verdict = Literal["worse", "better", "same", "too few"]
 
@@ -147,7 +146,7 @@ class Report:
     @property
     def exit_code(self) -> int:
         """Of the command."""
-        return REGRESSION if self.has_regressed else 0
+        return command.REGRESSION if self.has_regressed else 0
 
     @property
     def is_tiny(self) -> bool:

@@ -23,6 +23,7 @@ from pipelines.recipes import NAMES, WITH_MODELS, Recipe, models_of, recipe
 if TYPE_CHECKING:
     from pipelines.models import Models
 
+NOT_BEGUN = "stopped before any work began"
 PAPER_CLIP_S = 10.0
 """Mean clip length that Mimir's appendix A reports: "each clip averaging about 10 seconds"."""
 

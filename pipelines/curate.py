@@ -29,7 +29,7 @@ from engine.gauge import Unloadable
 from engine.provenance import provenance
 from engine.session import connected
 from engine.sources import Listing, list_sources
-from engine.tables import DatasetError, LeaseLost, create
+from engine.tables import LeaseLost, create
 from pipelines import cli
 from pipelines.flags import ModelFlags
 from pipelines.recipes import Recipe
@@ -97,9 +97,11 @@ def main() -> int:
     args = command.arguments(Args, __doc__ or "")
     command.set_up_logging()
     recipe = resolve(args)
-    try:
+    with command.in_one_line(stopped=cli.NOT_BEGUN):
         recipe.check()
         dst, listing = sources_of(args)
+    failing = f"{dst} cannot be written"
+    with command.in_one_line(LeaseLost, Unloadable, failing=failing, stopped=cli.NOT_BEGUN):
         create(dst, recipe.name)
         told = f"{len(listing.sources)} sources to {dst}"
         command.err.print(told, highlight=False, soft_wrap=True)
@@ -116,16 +118,6 @@ def main() -> int:
                 watch=watch,
                 about=provenance(json.dumps(recipe.describe()), args.src),
             ).run(listing)
-    except (DatasetError, ValueError) as error:
-        command.fail(str(error))
-    except (LeaseLost, ConnectionError, Unloadable) as error:
-        command.fail(str(error), code=command.UNBALANCED)
-    except OSError as error:
-        command.fail(
-            f"{dst} cannot be written: {command.first_words(error)}", code=command.UNBALANCED
-        )
-    except KeyboardInterrupt:
-        command.fail("stopped before any work began", code=command.INTERRUPTED)
     show(result, recipe, as_json=args.json)
     return exit_code(result)
 

@@ -32,7 +32,7 @@ from engine.clipfiles import Limits
 from engine.cut import Encoding
 from engine.export import Request, Selection, select
 from engine.exporting import Exported, export
-from engine.tables import DatasetError, identity
+from engine.tables import identity
 
 SHOWN = 10
 
@@ -79,18 +79,12 @@ def main() -> int:
     command.set_up_logging()
     root, dst = command.destination(args.dataset), command.destination(args.dst)
     request, limits = request_of(args, root), limits_of(args)
-    try:
+    with command.in_one_line(failing=dst):
         identity(root)
         selection = select(request)
         if not args.caption:
             command.err.print(f"text: {selection.caption}", highlight=False)
         done = export(request, selection, dst, limits, watch=Watch())
-    except (DatasetError, ValueError) as error:
-        command.fail(str(error))
-    except OSError as error:
-        command.fail(f"{dst}: {command.first_words(error)}", code=command.UNBALANCED)
-    except KeyboardInterrupt:
-        command.fail("stopped: run the same command again to go on", code=command.INTERRUPTED)
     show(args, dst, selection, done)
     return 0
 

@@ -29,7 +29,7 @@ from engine import command
 from engine.accounts import Accounts, balance
 from engine.forget import Chosen, Forgotten, begun, choose, forget
 from engine.lease import Lease
-from engine.tables import DatasetError, LeaseLost, Writer, identity, read
+from engine.tables import LeaseLost, Writer, identity, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ def main() -> int:
     root, run_id = command.destination(args.dst), str(uuid.uuid4())
     if not args.sources:
         command.fail("which sources? give paths, URIs, globs in quotes or source_ids")
-    try:
+    again = "run the same command again to finish"
+    with command.in_one_line(LeaseLost, failing=f"{root} ({again})", stopped=f"stopped: {again}"):
         identity(root)
         if args.dry_run:
             show_chosen(chosen_of(read(root, "sources"), args, root), as_json=args.json)
@@ -63,15 +64,6 @@ def main() -> int:
             chosen = chosen_of(writer.table("sources"), args, root)
             done = forget(writer, chosen, step=_say)
             accounts = balance(writer.table, None)
-    except (DatasetError, ValueError) as error:
-        command.fail(str(error))
-    except LeaseLost as error:
-        command.fail(str(error), code=command.UNBALANCED)
-    except OSError as error:
-        command.fail(f"{root}: {command.first_words(error)}; run the same command again to finish",
-                 code=command.UNBALANCED)  # fmt: skip
-    except KeyboardInterrupt:
-        command.fail("stopped: run the same command again to finish", code=command.INTERRUPTED)
     show(root, done, accounts, as_json=args.json)
     return command.UNBALANCED if faults_of(done, accounts) else 0
 

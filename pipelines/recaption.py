@@ -30,7 +30,7 @@ from engine.gauge import Unloadable
 from engine.provenance import provenance
 from engine.session import connected
 from engine.sources import Listing, list_sources
-from engine.tables import DatasetError, LeaseLost, create, identity
+from engine.tables import LeaseLost, create, identity
 from pipelines import cli
 from pipelines.curate import exit_code
 from pipelines.flags import ModelFlags
@@ -69,7 +69,7 @@ def main() -> int:
     """Makes pairs as the command line says; gives the exit code."""
     args = command.arguments(Args, __doc__ or "")
     command.set_up_logging()
-    try:
+    with command.in_one_line(stopped=cli.NOT_BEGUN):
         dst, listing, name = _target(args)
         recipe = cli.with_pairs(
             cli.recipe_with(name, args.model, models_like=args.models),
@@ -77,6 +77,8 @@ def main() -> int:
             args.language,
         )
         recipe.check()
+    failing = f"{dst} cannot be written"
+    with command.in_one_line(LeaseLost, Unloadable, failing=failing, stopped=cli.NOT_BEGUN):
         if listing is not None:
             create(dst, recipe.name)
         with cli.Watcher() as watch:
@@ -97,16 +99,6 @@ def main() -> int:
                 about=provenance(json.dumps(recipe.describe()), args.src),
             )
             result = curation.run(listing)
-    except (DatasetError, ValueError) as error:
-        command.fail(str(error))
-    except (LeaseLost, ConnectionError, Unloadable) as error:
-        command.fail(str(error), code=command.UNBALANCED)
-    except OSError as error:
-        command.fail(
-            f"{dst} cannot be written: {command.first_words(error)}", code=command.UNBALANCED
-        )
-    except KeyboardInterrupt:
-        command.fail("stopped before any work began", code=command.INTERRUPTED)
     show(result, recipe, as_json=args.json)
     return exit_code(result)
 

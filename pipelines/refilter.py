@@ -23,7 +23,7 @@ from engine import command
 from engine.accounts import balance
 from engine.forget import check_whole
 from engine.lease import Lease
-from engine.tables import DatasetError, LeaseLost, Writer, identity
+from engine.tables import LeaseLost, Writer, identity
 from pipelines import cli
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     args = command.arguments(Args, __doc__ or "")
     command.set_up_logging()
     root, run_id, clock = command.destination(args.dataset), str(uuid.uuid4()), time.monotonic()
-    try:
+    with command.in_one_line(LeaseLost, failing=root):
         recipe = cli.recipe_named(identity(root)["recipe"])
         stages = cli.with_bounds(recipe.stages, args.set)
         with Lease(root, run_id):
@@ -55,10 +55,6 @@ def main() -> int:
                 writer.publish(pairs.stages, "pairs")
                 break  # all instructions have the same rules
             accounts = balance(writer.table, None)
-    except (DatasetError, ValueError) as error:
-        command.fail(str(error))
-    except LeaseLost as error:
-        command.fail(str(error), code=command.UNBALANCED)
     seconds = time.monotonic() - clock
     if args.json:
         command.print_json(

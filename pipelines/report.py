@@ -21,7 +21,7 @@ from rich.table import Table
 
 from engine import command, storage
 from engine.accounts import balance
-from engine.tables import DatasetError, identity, read
+from engine.tables import identity, read
 from pipelines import cli
 from pipelines.sheet import contact_sheet
 
@@ -49,7 +49,7 @@ def main() -> int:
     args = command.arguments(Args, __doc__ or "")
     command.set_up_logging()
     root = command.destination(args.dataset)
-    try:
+    with command.in_one_line(failing=root):
         recipe = cli.recipe_named(identity(root)["recipe"])
         if args.clip is not None:
             _show(clip_record(root, args.clip), as_json=args.json)
@@ -66,8 +66,6 @@ def main() -> int:
                 command.out.print(cli.funnel(accounts, recipe.stages, cli.mean_kept_s(root)))
                 cli.show_pairs(root)
                 cli.show_failures(root)
-    except (DatasetError, ValueError) as error:
-        command.fail(str(error))
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine import storage
-from engine.lease import Lease, _process_identity
+from engine.lease import Lease, _process_identity, holder
 from engine.tables import DatasetError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -48,6 +48,18 @@ def test_a_second_driver_is_refused_and_told_who_has_it(root: str) -> None:
         pytest.raises(DatasetError, match=r"in use by run one .process \d+ on"),
     ):
         Lease(root, "two").__enter__()
+
+
+def test_who_has_it_is_told(root: str) -> None:
+    assert holder(root) is None
+    with Lease(root, "one"):
+        assert str(holder(root)).startswith("in use by run one (process ")
+    assert holder(root) is None
+    process = hold(root, 600)
+    assert str(holder(root)).startswith("in use by run holder (process ")
+    process.kill()
+    process.wait()
+    assert holder(root) is None, "this machine can tell that it has ended"
 
 
 def test_a_released_lease_is_free_at_once(root: str) -> None:
