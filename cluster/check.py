@@ -109,8 +109,8 @@ def _looked(args: Check) -> Iterator[Finding]:
         try:
             answers = _asked(nodes, request, args.timeout_s)
         finally:
-            if mark is not None:
-                storage.delete(mark)
+            unclean = _removed(mark)
+        yield from unclean
         yield from _of_cluster(args, request, nodes, answers, mine, dashboard)
 
 
@@ -388,6 +388,19 @@ def _leave_mark(uri: str, text: str) -> None:
         storage.write_bytes(uri, text.encode())
     except OSError:
         return  # each machine says why it does not find it
+
+
+def _removed(uri: str | None) -> list[Finding]:
+    try:
+        if uri is not None:
+            storage.delete(uri)
+    except OSError as error:
+        return [
+            Finding(check="dataset", machine="here", verdict="wrong",
+                    found=f"{uri} cannot be removed: {command.first_words(error)}",
+                    todo="allow to delete there: runs replace and remove files")
+        ]  # fmt: skip
+    return []
 
 
 def _table(found: Sequence[Finding]) -> Table:

@@ -6,14 +6,11 @@ leaves a heartbeat beside the job's log, which is read here as logs are read, wi
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
 import re
 import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,13 +19,14 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from cluster.supervise import HEARTBEAT
+from engine import command
 
 DASHBOARD = "http://127.0.0.1:8265"
 """Ray's own default."""
 POLL_S = 1.0
 _TIMEOUT_S = 60.0
 _CONNECT_S = 5.0
-_ATTEMPT = re.compile(r"(?P<id>.+?)(-r(?P<number>[1-9][0-9]*))?")
+_ATTEMPT = re.compile(r".+?(-r(?P<number>[1-9][0-9]*))?")
 _NO_TOKEN = (
     "no token to authenticate with: put the cluster's into RAY_AUTH_TOKEN or ~/.ray/auth_token"
     " (`ray get-auth-token --generate` makes one, for every machine, before `ray start`);"
@@ -112,6 +110,10 @@ class Attempt:
             beat_s=float(beat_s) if beat_s else None,
         )
 
+    def patience_s(self, stale_s: float) -> float:
+        """Silence that means its end: `stale_s`, and two of the heartbeats that it promised."""
+        return max(stale_s, 2 * (self.beat_s or 0))
+
 
 def attempt_id(job: str, number: int) -> str:
     """The submission id of an attempt: `curate-1a2b3c4d`, then `curate-1a2b3c4d-r2`."""
@@ -135,7 +137,7 @@ def state_of(attempt: Attempt, beat: Beat | None, *, now: float, stale_s: float)
     if attempt.beat_s is None:
         return "live"  # not ours: there is only the status to go by
     last = beat.at if beat else attempt.started
-    return "stale" if now - last > stale_s else "live"
+    return "stale" if now - last > attempt.patience_s(stale_s) else "live"
 
 
 class Jobs:
@@ -218,10 +220,12 @@ class Jobs:
         somebody looks is a dead one.
         """
         beat = self.beat(attempt) if attempt.status == "RUNNING" else None
-        state = state_of(attempt, beat, now=time.time(), stale_s=stale_s)
-        if state != "stale":
+        now_s, patience_s = time.time(), attempt.patience_s(stale_s)
+        state = state_of(attempt, beat, now=now_s, stale_s=stale_s)
+        is_ahead = beat is not None and beat.at > now_s + beat.every_s
+        if state != "stale" and not is_ahead:
             return state
-        until = time.monotonic() + (min(stale_s, 3 * beat.every_s) if beat else stale_s)
+        until = time.monotonic() + (min(patience_s, 3 * beat.every_s) if beat else patience_s)
         while time.monotonic() < until:
             time.sleep(POLL_S)
             now = self.attempt(attempt.id)
@@ -279,9 +283,8 @@ def _asked(ask: Callable[[], Any], address: str) -> Any:
         raise ConnectionError(f"the Ray cluster at {address} does not answer in time") from None
     except requests.ConnectionError:
         raise ConnectionError(f"the Ray cluster at {address} does not answer any more") from None
-    except (requests.RequestException, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ConnectionError(f"what answers at {address} is no Ray cluster: {first}") from None
+    except requests.RequestException as error:
+        raise _no_ray(error, address) from None
     except RuntimeError as error:  # Ray's server: the last line says what went wrong there
         lines = [line for line in str(error).splitlines() if line.strip(" .")] or [""]
         raise ConnectionError(f"the Ray cluster at {address}: {lines[-1]}") from None
@@ -331,89 +334,12 @@ def _client(address: str) -> Any:
             more.setdefault("timeout", _TIMEOUT_S)  # Ray's own waits for ever
             return super()._do_request(*args, **more)
 
-    return _asked(lambda: Client(address), address)
+    try:
+        return _asked(lambda: Client(address), address)
+    except ValueError as error:
+        raise _no_ray(error, address) from None
 
 
-class Follower:
-    """Prints what an attempt prints, and watches its heartbeat.
-
-    Args:
-        jobs: The cluster's.
-        stale_s: Silence of the heartbeat, or of the cluster, after which it is given up.
-        write: Takes text of the log.
-    """
-
-    def __init__(self, jobs: Jobs, *, stale_s: float, write: Callable[[str], object] | None = None):
-        self._jobs, self._stale_s = jobs, stale_s
-        self._write = write or _to_stdout
-        self._printed = 0
-        self._lock = threading.Lock()
-
-    def follow(self, attempt: Attempt) -> tuple[Attempt, State]:
-        """Waits for an attempt's end; gives it as it was then, and its state (`stale` is one).
-
-        Raises:
-            ConnectionError: The cluster has not answered for `stale_s`.
-        """
-        self._printed = 0
-        tail = threading.Thread(target=self._tail, args=(attempt.id,), daemon=True)
-        tail.start()
-        moved = answered = looked = time.monotonic()
-        count = -1
-        while attempt.status in ("PENDING", "RUNNING"):
-            time.sleep(POLL_S / 2)
-            now = time.monotonic()
-            try:
-                attempt, answered = self._jobs.attempt(attempt.id), now
-            except ConnectionError:
-                if now - answered > self._stale_s:
-                    raise
-                continue
-            if attempt.status == "PENDING" or attempt.beat_s is None:
-                moved = now
-            elif now - looked >= min(attempt.beat_s, self._stale_s / 4):
-                looked = now
-                beat = self._jobs.beat(attempt)
-                if beat and beat.count != count:
-                    moved, count = now, beat.count
-                if now - moved > self._stale_s:
-                    return attempt, "stale"
-            if not tail.is_alive() and attempt.status == "RUNNING":  # the connection was cut
-                tail = threading.Thread(target=self._tail, args=(attempt.id,), daemon=True)
-                tail.start()
-        self._rest(attempt, tail)
-        return attempt, state_of(attempt, None, now=time.time(), stale_s=self._stale_s)
-
-    def _tail(self, submission_id: str) -> None:
-        seen = 0
-
-        def take(text: str) -> None:
-            nonlocal seen
-            with self._lock:
-                seen += len(text)
-                new = seen - self._printed
-                if new > 0:
-                    self._printed = seen
-                    self._write(text[-new:])
-
-        try:
-            asyncio.run(self._jobs.tail(submission_id, take))
-        except Exception:  # noqa: BLE001 - however the connection ends, what is missing is fetched
-            return
-
-    def _rest(self, attempt: Attempt, tail: threading.Thread) -> None:
-        """What the tail, which is seconds late, has not brought."""
-        tail.join(timeout=0.3)
-        try:
-            text = self._jobs.log(attempt)
-        except ConnectionError:
-            tail.join(timeout=10)
-            return
-        with self._lock:
-            self._write(text[self._printed :])
-            self._printed = max(len(text), self._printed)
-
-
-def _to_stdout(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _no_ray(error: Exception, address: str) -> ConnectionError:
+    words = command.first_words(error)
+    return ConnectionError(f"what answers at {address} is no Ray cluster: {words}")

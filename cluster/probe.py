@@ -15,7 +15,6 @@ import os
 import pickle
 import platform
 import shutil
-import socket
 import stat
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_GPU_S = 120
+_GPU_S = 60  # less than `check --timeout-s`, which loses all that a machine would have said
 _HTTP_S = 10
 _READ_BYTES = 65_536
 _NAMED = 5
@@ -91,9 +90,7 @@ class Request:
 class Facts:
     """What a machine has said; a part that failed is in `errors`, and has no facts."""
 
-    host: str = ""
     python: str = ""
-    executable: str = ""
     clock: float = 0.0
     versions: dict[str, str | None] = field(default_factory=dict)
     packages: dict[str, tuple[str, str] | None] = field(default_factory=dict)
@@ -105,7 +102,7 @@ class Facts:
     shm: tuple[int, int] | None = None
     gpus: list[dict[str, Any]] = field(default_factory=list)
     dashboard: int | None = None
-    """Status of an answer to a request without a token."""
+    """Status of an answer to a request without a token; None: nobody was asked, or listens."""
     token_mode: int | None = None
     """Permissions of ~/.ray/auth_token."""
     errors: dict[str, str] = field(default_factory=dict)
@@ -114,9 +111,7 @@ class Facts:
 def probe(request: Request) -> Facts:
     """Looks at this machine."""
     facts = Facts(
-        host=socket.gethostname(),
         python=platform.python_version(),
-        executable=sys.executable,
         versions={name: _version(name) for name in request.distributions},
         token_mode=_mode(Path.home() / ".ray" / "auth_token"),
     )
@@ -284,10 +279,15 @@ def _models(request: Request) -> None:
     parse(request.models)
 
 
-def _status(url: str) -> int:
-    """Of an answer to a request without a token."""
+def _status(url: str) -> int | None:
+    """Of an answer to a request without a token, whatever proxies are set; None: nobody listens."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=_HTTP_S) as answer:
+        with direct.open(url, timeout=_HTTP_S) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ConnectionRefusedError):
+            return None
+        raise

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import re
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
 import tyro
 
 from cluster import shipping
-from cluster.jobs import ENDED, Attempt, Follower, Jobs, State, attempt_id, authenticate
+from cluster.following import Follower
+from cluster.jobs import ENDED, Attempt, Jobs, State, attempt_id, authenticate
 from cluster.supervise import OVERDUE
 from engine import command
 
@@ -87,7 +89,7 @@ def with_separator(arguments: Sequence[str]) -> list[str]:
     if arguments[1:2] != ["submit"]:
         return list(arguments)
     hints = get_type_hints(Submit)
-    switches = {"h", "help", *(f.name for f in fields(Submit) if hints[f.name] is bool)}
+    switches = {"h", "help", *(f.name for f in dataclasses.fields(Submit) if hints[f.name] is bool)}
     at = 2
     while at < len(arguments) and arguments[at].startswith("-") and arguments[at] != "--":
         flag = arguments[at].lstrip("-").replace("-", "_")
@@ -115,6 +117,7 @@ def submit(args: Submit) -> int:
         if code in _FINAL or retries < 1:
             return 1 if code is None else code
         retries -= 1
+        args = dataclasses.replace(args, follow=True)  # whoever makes the next one
 
 
 def _check(args: Submit) -> None:
@@ -128,8 +131,10 @@ def _check(args: Submit) -> None:
         command.fail(
             f"--stale-s {args.stale_s:g}: must be at least twice --beat-s ({args.beat_s:g})"
         )
-    if args.retries < 0 or (args.retries and args.detach):
-        command.fail(f"--retries {args.retries}: must be 0 or more, and 0 with --detach")
+    if args.retries < 0 or (args.retries and (args.detach or not args.command)):
+        command.fail(
+            f"--retries {args.retries}: must be 0 or more, and 0 with --detach or without a script"
+        )
     if args.id is not None and (
         not _ID.fullmatch(args.id.replace(_DATE, "0")) or re.search(r"-r\d+$", args.id)
     ):
@@ -218,7 +223,7 @@ def _standing(args: Submit, jobs: Jobs, attempts: Sequence[Attempt], job: str) -
     if state in ("waiting", "live"):
         word = "waits to be started" if state == "waiting" else "is running"
         command.fail(
-            f"{newest.id} {word}: --follow attaches to it, and {_stop(newest.id)} stops it"
+            f"{newest.id} {word}: --follow attaches to it, and {_stop(args, newest.id)} stops it"
         )
     if state == "stale":
         _stop_stale(args, jobs, newest)
@@ -252,16 +257,19 @@ def _submitted(args: Submit, jobs: Jobs, attempts: Sequence[Attempt], job: str) 
 
 def _followed(args: Submit, jobs: Jobs, job: str, attempt: Attempt) -> int | None:
     """The exit code of an attempt that is followed to its end; None where a person stopped it."""
-    again = f"python -m cluster submit --follow --id {job}"
+    again = f"python -m cluster submit --follow --id {job}{_address(args)}"
     try:
         attempt, state = Follower(jobs, stale_s=args.stale_s).follow(attempt)
     except KeyboardInterrupt:
-        _say(f"{attempt.id} goes on: `{again}` follows it, {_stop(attempt.id)} stops it")
+        _say(f"{attempt.id} goes on: `{again}` follows it, {_stop(args, attempt.id)} stops it")
         raise SystemExit(command.INTERRUPTED) from None
     except ConnectionError as error:
         command.fail(
             f"{error}; {attempt.id} may go on: `{again}` follows it", code=command.UNBALANCED
         )
+    if state == "stale" and not args.command:
+        _say(f"{attempt.id} is said to be running, but its heartbeat is silent")
+        return 1
     if state == "stale":
         _stop_stale(args, jobs, attempt)
         return 1
@@ -294,7 +302,7 @@ def _stop_stale(args: Submit, jobs: Jobs, attempt: Attempt) -> None:
     _say(f"{attempt.id} is said to be running, but its heartbeat is silent: stopping it")
     if not jobs.stop(attempt, args.grace_s + _STOPS):
         _say(
-            f"{attempt.id} could not be stopped; its dataset's lease keeps it from adding anything"
+            f"{attempt.id} could not be stopped: if it lives, its dataset's lease keeps others out"
         )
 
 
@@ -315,8 +323,12 @@ def _when(attempt: Attempt) -> str:
     return f" ({ended:%Y-%m-%d %H:%M} UTC)"
 
 
-def _stop(submission_id: str) -> str:
-    return f"`RAY_AUTH_MODE=token ray job stop {submission_id}`"
+def _stop(args: Submit, submission_id: str) -> str:
+    return f"`RAY_AUTH_MODE=token ray job stop{_address(args)} {submission_id}`"
+
+
+def _address(args: Submit) -> str:
+    return f" --address {args.address}" if args.address else ""
 
 
 def _say(words: str) -> None:

@@ -260,13 +260,19 @@ def of_clock(skew_s: float, machine: str) -> Finding:
 def of_authentication(facts: Facts, dashboard: str | None, machine: str) -> Finding:
     """Whether a request without a token is refused, and who can make one."""
     name = "authentication"
-    if dashboard is None or "dashboard" in facts.errors:
+    where = f"the dashboard at {dashboard}"
+    if "dashboard" in facts.errors:
+        return Finding(
+            check=name, machine=machine, verdict="warning",
+            found=f"{where} cannot be asked: {facts.errors['dashboard']}",
+            todo="look at dashboard.log in the head's folder of Ray's logs",
+        )  # fmt: skip
+    if dashboard is None or facts.dashboard is None:
         return Finding(
             check=name, machine=machine, verdict="ok",
-            found="no dashboard answers, so no jobs can be submitted",
+            found="no dashboard listens, so no jobs can be submitted",
         )  # fmt: skip
     public = _is_reachable(dashboard.rpartition(":")[0])
-    where = f"the dashboard at {dashboard}"
     on = facts.dashboard in (401, 403)
     if not on:
         return Finding(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -211,6 +212,20 @@ def test_a_dashboard_that_asks_for_no_token_is_found(dashboard: str, verdict: st
     )
     facts = dataclasses.replace(probe(request), token_mode=0o600)
     assert verdicts.of_authentication(facts, dashboard, "m").verdict == verdict
+
+
+def test_a_dashboard_that_cannot_be_asked_is_not_taken_for_one_that_is_safe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("cluster.probe._HTTP_S", 0.2)
+        request = Request(packages=(), distributions=(), imports=(), dashboard=f"http://{host}/")
+        found = verdicts.of_authentication(probe(request), host, "m")
+    assert (found.verdict, found.todo.split(" in ")[0]) == ("warning", "look at dashboard.log")
+    assert "timed out" in found.found
+    found = verdicts.of_authentication(probe(request), host, "m")
+    assert (found.verdict, found.found.split(",")[0]) == ("ok", "no dashboard listens")
 
 
 @pytest.mark.parametrize(

@@ -439,7 +439,7 @@ def test_image_has_what_cv2_needs() -> None:
     needed = set(re.findall(r': "([\w.-]+)"', packages[1]))
     assert needed == {"libgl1", "libglib2.0-0", "libxcb1"}
     installed = next(step for step in steps("RUN") if "apt-get install" in step).split()
-    assert needed | {"wget", "rsync"} <= set(installed)
+    assert needed | {"wget", "rsync", "openssh-client"} <= set(installed)
 
 
 def test_image_does_not_run_as_root() -> None:
