@@ -162,7 +162,7 @@ class Curation:
             measure_all=options.measure_all,
             time_limit_s=options.time_limit_s,
             memory_limit_bytes=int(options.memory_limit_gib * 2**30),
-            aws=tuple(storage.worker_environment().items()),
+            environment=tuple(storage.worker_environment().items()),
         )
         self.tallies: dict[str, Tally] = {}
         self.frames_decoded = 0
@@ -301,7 +301,7 @@ class Curation:
             where=self.cuts.where,
             time_limit_s=options.time_limit_s,
             memory_limit_bytes=int(options.memory_limit_gib * 2**30),
-            aws=self.job.aws,
+            environment=self.job.environment,
         )
 
         def watch(num_done: int) -> None:
@@ -323,7 +323,7 @@ class Curation:
             stages,
             commit_every_s=self.options.commit_every_s,
             connect=self._connected,
-            aws=storage.worker_environment(),
+            environment=self.job.environment,
             **which,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import posixpath
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -47,19 +48,17 @@ class CutJob:
     run_id: str
     mode: Mode
     where: Where = "files"
-    folder: str | None = None
-    """Where files go; by default `FOLDER` below the root."""
     encoding: Encoding = DEFAULT
     time_limit_s: float = 600.0
     """For each clip."""
     memory_limit_bytes: int = 4 * 2**30
-    aws: tuple[tuple[str, str], ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
     """Variables of the driver that workers need (`engine.stores.worker_environment`)."""
 
     @property
     def files(self) -> str:
         """The folder that files go to."""
-        return self.folder or storage.join(self.root, FOLDER)
+        return storage.join(self.root, FOLDER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ class Cutter:
     """The actor: units in, outcomes out, one bad source costing its own clips."""
 
     def __init__(self, job: CutJob):
-        os.environ.update(job.aws)
+        storage.take_environment(job.environment)
         logs.set_up_worker(job.run_id)
         self.job = job
         self.sandbox = Sandbox(
@@ -196,7 +195,7 @@ def cut_files(
 
 
 def _cut(unit: CutUnit, folder: str, mode: Mode, encoding: Encoding) -> dict[Span, Cut | Failed]:
-    with _opened(unit.source_uri) as media:
+    with _opened(unit.source_uri, folder) as media:
         wanted = [(span, span.clip_id) for span in unit.clips]
         try:
             return dict(cut_clips(media, wanted, folder, mode=mode, encoding=encoding))
@@ -205,9 +204,14 @@ def _cut(unit: CutUnit, folder: str, mode: Mode, encoding: Encoding) -> dict[Spa
 
 
 @contextlib.contextmanager
-def _opened(uri: str) -> Iterator[Media]:
-    """A source on this machine, or else read where it lies if it is too large to fetch."""
-    if not storage.is_remote(uri):
+def _opened(uri: str, ours: str) -> Iterator[Media]:
+    """A source on this machine, or else read where it lies if it is too large to fetch.
+
+    What is in the folder `ours`, which has a random name, no dataset can name: roots do not count.
+    """
+    if os.path.dirname(uri) == ours:
+        yield uri
+    elif not storage.is_remote(uri):
         yield storage.allowed_path(uri)
     elif (storage.stat(uri).size_bytes or 0) <= FETCH_BYTES:
         with storage.fetch(uri, FETCH_BYTES) as path:
@@ -242,14 +246,15 @@ def _placed(job: CutJob, path: str) -> str:
         place(path, uri)
     except OSError as error:
         raise Unwritable(f"{uri}: {error}") from error
-    root = job.root.rstrip("/") + "/"
-    return uri.removeprefix(root)
+    return uri.removeprefix(job.root.rstrip("/") + "/")
 
 
 def place_of(root: str, path: str) -> str:
-    """Where a file is that the table `cuts` of a dataset names."""
-    is_whole = storage.is_remote(path) or path.startswith(("/", "file://"))
-    return path if is_whole else storage.join(root, path)
+    """Where a file is that the table `cuts` of a dataset names: below its root, whatever it says.
+
+    It may be deleted, and a table that somebody else made could name any file.
+    """
+    return storage.join(root, posixpath.normpath(f"/{path}").lstrip("/"))
 
 
 def place(path: str, uri: str) -> None:
@@ -262,7 +267,7 @@ def place(path: str, uri: str) -> None:
         return
     storage.make_folder(storage.parent(uri))
     os.chmod(path, 0o666 & ~_umask())
-    os.replace(path, storage.allowed_path(uri))
+    os.replace(path, storage.allowed_path(uri, to_change=True))
 
 
 def _umask() -> int:

@@ -344,7 +344,7 @@ def _unsettle(writer: Writer, source_ids: Sequence[str], clip_ids: Sequence[str]
 
 
 def _remove_files(writer: Writer, source_ids: Sequence[str]) -> int:
-    """Deletes the cut files that these sources' rows name, wherever they are."""
+    """Deletes the cut files that these sources' rows name."""
     if "cuts" not in writer.tables:
         return 0
     rows = writer.table("cuts").to_table(columns=["source_id", "path"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import lance
@@ -43,8 +43,10 @@ class Measured:
 class Gauge:
     """Measures batches of rows, one at a time, while the pictures of the next are read."""
 
-    def __init__(self, root: str, aws: dict[str, str], threads: int, run_id: str):
-        os.environ.update(aws)
+    def __init__(
+        self, root: str, environment: Sequence[tuple[str, str]], threads: int, run_id: str
+    ):
+        storage.take_environment(environment)
         logs.set_up_worker(run_id)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         self.root = root

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from engine import storage
-from engine.tables import DatasetError
+from engine.tables import InUse
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Lease:
         expiry_s: This driver's own promise, which others go by: it is silent no longer than that.
 
     Raises:
-        DatasetError: On entering, when a living driver has the dataset.
+        InUse: On entering, when a living driver has the dataset.
     """
 
     def __init__(self, root: str, run_id: str, expiry_s: float = EXPIRY_S):
@@ -54,7 +54,7 @@ class Lease:
                 self.term = newest  # a store may lose the answer to a put that succeeded
                 break
             if owner:
-                raise DatasetError(
+                raise InUse(
                     f"{self.root} is {_in_words(owner)}: wait for it, stop it, or name another"
                     f" folder (it counts as gone after {owner['expiry_s']:.0f} s of silence)"
                 )

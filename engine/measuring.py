@@ -103,7 +103,7 @@ class Measuring:
         states: Of the rows that are measured; `rejected` ones are measured only where it is named.
         commit_every_s: What a death may cost.
         connect: Connects to Ray; called when there is something to measure.
-        aws: Variables for workers on other machines.
+        environment: Variables for workers on other machines.
     """
 
     def __init__(
@@ -116,12 +116,12 @@ class Measuring:
         states: tuple[str, ...] = ("pending",),
         commit_every_s: float = 10.0,
         connect: Callable[[], object],
-        aws: dict[str, str],
+        environment: Sequence[tuple[str, str]],
     ):
         self._writer, self._stages, self._name, self._where = writer, tuple(stages), name, where
         self._key, self._states = KEYS[name], states
         self._stage_of = {type(o).__name__: s.name for s in stages for o in s.measures}
-        self._every_s, self._connect, self._aws = commit_every_s, connect, aws
+        self._every_s, self._connect, self._environment = commit_every_s, connect, environment
         self.operators: tuple[Operator, ...] = tuple(o for s in stages for o in s.measures)
         self.tallies = {type(o).__name__: Tally() for o in self.operators}
         self.excluded: set[str] = set()
@@ -410,7 +410,7 @@ class Measuring:
             actor = (
                 ray.remote(Gauge)
                 .options(max_concurrency=IN_FLIGHT, **pool.options)
-                .remote(self._writer.root, self._aws, pool.threads, self._writer.run_id)
+                .remote(self._writer.root, self._environment, pool.threads, self._writer.run_id)
             )
             pool.actors.append(actor)
             pool.flying[actor] = 0

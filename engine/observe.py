@@ -87,7 +87,7 @@ BOUNDARIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 ERROR_TYPES = 40
 """Classes of errors that a process tells apart; further ones are `other`."""
 LINES = 100
-"""Rows that failed in one way are logged one by one up to so many a run; the tables have all."""
+"""Rows that failed in one way are logged one by one, up to so many a process; tables have all."""
 EVERY_S = 1.0
 """Between two reports of progress at least, but for the last."""
 

@@ -20,6 +20,8 @@ VARIABLE = "REELWRIGHT_ALLOWED_ROOTS"
 STORES = frozenset("s3 s3a gs gcs az abfs abfss hdfs viewfs hf memory".split())
 """Schemes of object stores. Any other (http, ftp, zip, …) reaches what no store guards."""
 _SYSTEM, _DATA = ("/dev", "/proc", "/sys"), "/dev/shm"
+# a colon is one where a folder or a URI follows: else it is before a port
+_BETWEEN = r"[,\s]+|:(?=/(?!/)|~|[A-Za-z][\w+.-]*://)"
 _SAME = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
 
 
@@ -38,15 +40,18 @@ class NotAllowed(PermissionError):
 
 class _Roots(NamedTuple):
     local: tuple[str, ...]
+    to_read: tuple[str, ...]
+    """`local`, and VBench's package, which runs anyway: its prompts lie there."""
     remote: tuple[str, ...]
     shown: str
 
 
-def check_local(path: str) -> None:
+def check_local(path: str, *, to_change: bool = False) -> None:
     """Raises `NotAllowed` unless a local path may be opened; links are resolved first.
 
-    Where there is no limit only a link of that very name is resolved: to follow those of all
-    folders above costs more than to look at the file.
+    Args:
+        path: Of a file or folder.
+        to_change: It is to be written or removed.
 
     Raises:
         ValueError: `REELWRIGHT_ALLOWED_ROOTS` itself is wrong.
@@ -54,12 +59,11 @@ def check_local(path: str) -> None:
     if "\0" in path:
         return  # no file has such a name
     roots = _allowed()
-    named = os.path.abspath(path)
-    real = os.path.realpath(path) if roots or os.path.islink(path) else named
-    for one in (named, real):
+    real = os.path.realpath(path) if roots else _real(path)
+    for one in (os.path.abspath(path), real):
         if _is_below(one, _SYSTEM) and not _is_below(one, (_DATA,)):
             raise NotAllowed(f"is in {', '.join(_SYSTEM)}: nothing in there is opened", path)
-    if roots is not None and not _is_below(real, roots.local):
+    if roots is not None and not _is_below(real, roots.local if to_change else roots.to_read):
         raise NotAllowed(_outside(roots), path)
 
 
@@ -82,6 +86,22 @@ def check_remote(uri: str) -> None:
         raise NotAllowed(_outside(roots), uri)
 
 
+def _real(path: str) -> str:
+    """`os.path.realpath`, for where there is no limit: where a folder leads is looked up once.
+
+    To follow the links of all folders above a file costs more than to look at it.
+    """
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    folder, name = os.path.split(path if os.path.isabs(path) else os.path.join(os.getcwd(), path))
+    return os.path.normpath(os.path.join(_real_folder(folder), name))
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_folder(path: str) -> str:
+    return os.path.realpath(path)
+
+
 def _allowed() -> _Roots | None:
     text = os.environ.get(VARIABLE, "").strip()
     return _read(text) if text else None
@@ -90,7 +110,7 @@ def _allowed() -> _Roots | None:
 @functools.lru_cache(maxsize=8)
 def _read(text: str) -> _Roots:
     local, remote = [], []
-    named = [one for one in re.split(r"[,\s]+|:(?!//)", text) if one]
+    named = [one for one in re.split(_BETWEEN, text) if one]
     for one in named:
         scheme = one.partition("://")[0].lower() if "://" in one else ""
         if scheme in STORES:
@@ -102,9 +122,8 @@ def _read(text: str) -> _Roots:
                 f"{VARIABLE}: needs absolute folders and URIs of object stores, found {one!a}:"
                 " correct it"
             )
-    # what runs anyway: VBench's prompts lie in its package
-    packages = os.path.realpath(sysconfig.get_paths()["purelib"])
-    return _Roots((*local, packages), tuple(remote), ", ".join(named))
+    vbench = os.path.join(os.path.realpath(sysconfig.get_path("purelib")), "vbench")
+    return _Roots(tuple(local), (*local, vbench), tuple(remote), ", ".join(named))
 
 
 def _normal(uri: str) -> str:

@@ -294,7 +294,10 @@ TRAIN_METRICS = pa.schema(
         field("loss", _real, "of the step, mean over its batch"),
     ]
 )
-"""A Lance table of its own in the folder of a training run, `train_metrics.lance`."""
+"""A Lance table of its own in the folder of a training run, `train_metrics.lance`.
+
+`step` and `loss` are in `figures`, too: here they are for those who query.
+"""
 
 VOTES = pa.schema(
     [
@@ -318,7 +321,10 @@ VOTES = pa.schema(
         field("created_at", pa.timestamp("us", "UTC"), "when it was stored"),
     ]
 )
-"""A Lance table of its own, at the path given by `--votes`: all that a page writes to."""
+"""A Lance table of its own, at the path given by `--votes`: all that a page writes to.
+
+`seconds` and `created_at` are for those who query, to tell voters who did not look.
+"""
 
 GIVEN = ("caption_original",)
 """Columns of clips that a source may come without: what reads them does not apply then."""

@@ -29,6 +29,7 @@ from engine import roots, stores
 from engine.stores import Stat, as_os_errors, scheme_of, store_of
 from engine.stores import aws_environment as aws_environment
 from engine.stores import lance_options as lance_options
+from engine.stores import take_environment as take_environment
 from engine.stores import worker_environment as worker_environment
 
 T = TypeVar("T")
@@ -52,10 +53,14 @@ def local_path(uri: str) -> str:
     return os.fsdecode(unquote_to_bytes(uri.split("://", 1)[1].removeprefix("localhost")))
 
 
-def allowed_path(uri: str) -> str:
+def allowed_path(uri: str, *, to_change: bool = False) -> str:
     """`local_path` of what may be opened: all that opens a local file by name goes through here.
 
     A remote URI comes back as it is, when it may be opened.
+
+    Args:
+        uri: Of a file or folder.
+        to_change: It is to be written or removed.
 
     Raises:
         NotAllowed: It is outside the allowed roots (`engine.roots`).
@@ -64,7 +69,7 @@ def allowed_path(uri: str) -> str:
         roots.check_remote(uri)
         return uri
     path = local_path(uri)
-    roots.check_local(path)
+    roots.check_local(path, to_change=to_change)
     return path
 
 
@@ -178,7 +183,7 @@ def names_in(folder: str) -> list[str]:
 
 def make_folder(uri: str) -> None:
     """Makes a local folder and those above it; a store has no folders to make."""
-    path = allowed_path(uri)
+    path = allowed_path(uri, to_change=True)
     if not is_remote(uri):
         os.makedirs(path, exist_ok=True)
 
@@ -304,7 +309,7 @@ def _refuse_larger(uri: str, size_bytes: int | None, max_bytes: int) -> None:
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes a small file, replacing what is there; a reader sees the old content or the new."""
     if not is_remote(uri):
-        path = allowed_path(uri)
+        path = allowed_path(uri, to_change=True)
         with _written_beside(path, data) as temporary:
             os.replace(temporary, path)
         return
@@ -323,7 +328,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
         ValueError: The store cannot do it in one request.
     """
     if not is_remote(uri):
-        path = allowed_path(uri)
+        path = allowed_path(uri, to_change=True)
         with _written_beside(path, data) as temporary:
             try:
                 os.link(temporary, path)
@@ -358,7 +363,7 @@ def delete(uri: str) -> bool:
     """Removes one file; False where there was none."""
     if not is_remote(uri):
         try:
-            os.unlink(allowed_path(uri))
+            os.unlink(allowed_path(uri, to_change=True))
         except FileNotFoundError:
             return False
         return True
@@ -376,7 +381,7 @@ def delete_folder(uri: str) -> None:
     """Removes a folder with all below it, where there is one."""
     if not is_remote(uri):
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(allowed_path(uri))
+            shutil.rmtree(allowed_path(uri, to_change=True))
         return
     fs, path = store_of(uri)
     with contextlib.suppress(FileNotFoundError), as_os_errors(uri):

@@ -56,17 +56,29 @@ class Stat:
 
 
 def aws_environment() -> dict[str, str]:
-    """The AWS variables set in this process, to be set in a worker by `os.environ.update`.
-
-    Hand them over as an argument of the worker's constructor: Ray's job pages list a `runtime_env`.
-    """
+    """The AWS variables set in this process."""
     return {name: os.environ[name] for name in AWS_VARIABLES if os.environ.get(name)}
 
 
 def worker_environment() -> dict[str, str]:
-    """`aws_environment`, and the variables of our own that hold in workers, too."""
+    """`aws_environment`, and the variables of our own that hold in workers, too.
+
+    Hand them over as an argument of the worker's constructor, which gives them to
+    `take_environment`: Ray's job pages list a `runtime_env`.
+    """
     own = (roots.VARIABLE, logs.VARIABLE)
     return aws_environment() | {name: os.environ[name] for name in own if os.environ.get(name)}
+
+
+def take_environment(given: Iterable[tuple[str, str]]) -> None:
+    """Sets in a worker what the driver's `worker_environment` gave.
+
+    Roots that this machine was started with stand: the driver's might allow more.
+    """
+    own = os.environ.get(roots.VARIABLE)
+    os.environ.update(given)
+    if own:
+        os.environ[roots.VARIABLE] = own
 
 
 def lance_options(uri: str) -> dict[str, str] | None:

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import json
 import signal
+import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lance
@@ -61,6 +63,18 @@ class DatasetError(ValueError):
     """A dataset that is missing, of another recipe or layout, or in use: one line for its user."""
 
 
+class NoTable(DatasetError):
+    """A dataset that an earlier version made, which did not have this table yet."""
+
+
+class NoDataset(DatasetError):
+    """There is none where one is looked for."""
+
+
+class InUse(DatasetError):
+    """A living driver has it."""
+
+
 class LeaseLost(RuntimeError):
     """Another driver has taken the dataset over: nothing was written."""
 
@@ -90,7 +104,8 @@ def read(root: str, name: str, version: int | None = None) -> lance.LanceDataset
     """A table of a dataset, to read.
 
     Raises:
-        DatasetError: There is no dataset there, or a newer layout made it.
+        NoTable: The dataset does not have it.
+        DatasetError: There is no dataset there, or a newer layout made it, or it is damaged.
     """
     identity(root)
     uri = table_uri(root, name)
@@ -101,7 +116,7 @@ def read(root: str, name: str, version: int | None = None) -> lance.LanceDataset
         return table
     except (ValueError, OSError) as error:
         if f"{name}.lance" not in storage.names_in(root):
-            raise DatasetError(
+            raise NoTable(
                 f"{root} has no table {name!r}: an earlier version made it, and the next run of"
                 " pipelines/curate.py or `python -m evals run` on it adds what is missing"
             ) from error
@@ -118,7 +133,7 @@ def identity(root: str) -> dict[str, Any]:
     try:
         found = json.loads(storage.read_bytes(storage.join(root, "dataset.json")))
     except (FileNotFoundError, NotADirectoryError):
-        raise DatasetError(
+        raise NoDataset(
             f"{root} holds no dataset: give the folder that `pipelines/curate.py --dst` named"
         ) from None
     except (ValueError, OSError) as error:
@@ -153,22 +168,32 @@ def create(root: str, recipe: str) -> None:
             f"choose another --dst, or run recipe {found!r}"
         )
     for name, schema in TABLES.items():
-        _create_table(table_uri(root, name), schema)
+        make_empty(table_uri(root, name), schema)
 
 
-def _create_table(uri: str, schema: pa.Schema) -> None:
-    try:
+def make_empty(uri: str, schema: pa.Schema) -> None:
+    """Makes an empty table, or does nothing where there is one or another process is faster.
+
+    Of two that race to create one, Lance makes a first version and a second that overwrites it,
+    with the rows that are in it. So the table is made elsewhere, and its one version put where
+    none is: an empty table is nothing but its manifest and the transaction that this names.
+    """
+    if has_version(uri):
+        return
+    with tempfile.TemporaryDirectory(prefix="reelwright-") as folder:
+        made = Path(folder, "made.lance")
         lance.write_dataset(
-            schema.empty_table(),
-            uri,
-            schema=schema,
-            mode="create",
-            data_storage_version=STORAGE_VERSION,
-            storage_options=storage.lance_options(uri),
+            schema.empty_table(), made, schema=schema, data_storage_version=STORAGE_VERSION
         )
-    except OSError as error:
-        if "already exists" not in str(error):
-            raise
+        for part, files in ("_transactions", "*.txn"), ("_versions", "*.manifest"):
+            for file in (made / part).glob(files):
+                storage.put_if_absent(storage.join(uri, part, file.name), file.read_bytes())
+
+
+def has_version(uri: str) -> bool:
+    """Whether there is a table: what a process has not made to the end is none."""
+    names = storage.names_in(storage.join(uri, "_versions"))
+    return any(name.endswith(".manifest") for name in names)
 
 
 @dataclass(kw_only=True)
@@ -243,7 +268,7 @@ class Writer:
     def __init__(self, root: str, run_id: str, recovered: Callable[[str], None] = lambda _: None):
         self.root, self.run_id = root, run_id
         for name, schema in TABLES.items():  # one made by an earlier version may lack a table
-            _create_table(table_uri(root, name), schema)
+            make_empty(table_uri(root, name), schema)
         self.tables = {name: FencedTable(name=name, at=read(root, name)) for name in TABLES}
         for name in sorted(TABLES, key=lambda name: name == "sources"):
             self._seal(name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pickle
 import time
 import uuid
@@ -58,7 +57,7 @@ class Job:
     measure_all: bool = False
     time_limit_s: float = 600.0
     memory_limit_bytes: int = 4 * 2**30
-    aws: tuple[tuple[str, str], ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
     """Variables of the driver that workers need (`engine.stores.worker_environment`)."""
 
     def parked(self, sha256: str, request: str, part: int) -> str:
@@ -154,7 +153,7 @@ class Reader:
     """The actor: units in, outcomes out, one bad input costing one row."""
 
     def __init__(self, job: Job):
-        os.environ.update(job.aws)
+        storage.take_environment(job.environment)
         logs.set_up_worker(job.run_id)
         self.job = job
         self.sandbox = Sandbox(

@@ -294,7 +294,7 @@ class Generator:
     """The actor: units in, outcomes out, one bad prompt costing its own row."""
 
     def __init__(self, job: Job):
-        os.environ.update(job.environment)
+        storage.take_environment(job.environment)
         logs.set_up_worker(job.run_id)
         self.job = job
         self._model: int | None = None

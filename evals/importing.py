@@ -266,7 +266,7 @@ class Importer:
     """The actor: units in, outcomes out, one bad file costing its own row."""
 
     def __init__(self, job: Job):
-        os.environ.update(job.environment)
+        storage.take_environment(job.environment)
         logs.set_up_worker(job.run_id)
         self.job = job
         self._inspector = Inspector()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import pickle
 import tempfile
 import time
@@ -82,7 +81,7 @@ class ScoreJob:
     metric: Metric
     generations: int
     """Version of the table."""
-    aws: tuple[tuple[str, str], ...]
+    environment: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +209,7 @@ class _Scoring:
             run_id=self.writer.run_id,
             metric=metric,
             generations=self.writer.table("generations").version,
-            aws=tuple(storage.worker_environment().items()),
+            environment=tuple(storage.worker_environment().items()),
         )
         gpus = ray.cluster_resources().get("GPU", 0.0)
         share = metric.num_gpus if gpus else 0.0
@@ -284,7 +283,7 @@ class Scorer:
     """The actor: units in, outcomes out, one bad video costing its own scores."""
 
     def __init__(self, job: ScoreJob):
-        os.environ.update(job.aws)
+        storage.take_environment(job.environment)
         logs.set_up_worker(job.run_id)
         self.job = job
         self._function: Callable[[pa.Table], pa.Table] | None = None

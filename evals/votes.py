@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import lance
@@ -27,7 +24,7 @@ import tyro
 
 from engine import command, storage
 from engine.schema import VOTES
-from engine.tables import STORAGE_VERSION, DatasetError
+from engine.tables import DatasetError, has_version, make_empty
 from evals.study import DESIGNS, Name, Study, make_study, plain_code
 
 COMPACT_AT = 64
@@ -163,42 +160,17 @@ def _uri(path: str) -> str:
 def _table(path: str) -> lance.LanceDataset:
     """The table; an empty one where there is none, or one whose making broke off."""
     uri = _uri(path)
-    options = storage.lance_options(uri)
-    if _is_begun(uri):
-        try:
-            return lance.dataset(uri, storage_options=options)
-        except (ValueError, OSError) as error:
-            said = str(error).splitlines()[0]
-            raise DatasetError(f"{path}: its votes cannot be opened: {said}") from error
-    _make(uri)
-    return lance.dataset(uri, storage_options=options)
-
-
-def _make(uri: str) -> None:
-    """Puts an empty table in place; nothing where another server is faster.
-
-    Of two that race to create one, Lance makes a first version and a second that overwrites it,
-    with the votes that are in it. So the table is made elsewhere, and its one version put where
-    none is: an empty table is nothing but its manifest and the transaction that this names.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        made = os.path.join(folder, "votes.lance")
-        lance.write_dataset(VOTES.empty_table(), made, data_storage_version=STORAGE_VERSION)
-        for part, names in ("_transactions", "*.txn"), ("_versions", "*.manifest"):
-            storage.make_folder(storage.join(uri, part))
-            for file in Path(made, part).glob(names):
-                storage.put_if_absent(storage.join(uri, part, file.name), file.read_bytes())
-
-
-def _is_begun(uri: str) -> bool:
-    """Whether there is a version: what another server has not written to the end is none."""
-    names = storage.names_in(storage.join(uri, "_versions"))
-    return any(name.endswith(".manifest") for name in names)
+    make_empty(uri, VOTES)
+    try:
+        return lance.dataset(uri, storage_options=storage.lance_options(uri))
+    except (ValueError, OSError) as error:
+        said = str(error).splitlines()[0]
+        raise DatasetError(f"{path}: its votes cannot be opened: {said}") from error
 
 
 def read_votes(path: str, study: Study) -> pa.Table:
     """All votes of a study; the caller gets columns of `engine.schema.VOTES`."""
-    if not _is_begun(_uri(path)):
+    if not has_version(_uri(path)):
         return VOTES.empty_table()
     return _table(path).to_table(filter=f"study = '{study.fingerprint}'")
 

@@ -155,7 +155,7 @@ def fill(work: Path) -> tuple[Tally, float]:
         Stage(name="model", operators=(Model(batch_size=BATCH),)),
     )
     with _ray():
-        measuring = Measuring(writer, stages, connect=lambda: None, aws={})
+        measuring = Measuring(writer, stages, connect=lambda: None, environment=())
         measuring.drain(lambda: None)
         measuring.close()
         return measuring.tallies["Model"], _fill_of_ray_data(drawn)

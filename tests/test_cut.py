@@ -415,9 +415,9 @@ def test_a_folder_that_cannot_be_written_ends_the_run_and_blames_no_clip(
     dataset: Writer, tmp_path: Path
 ) -> None:
     source = encode(tmp_path / "a.mp4", levels(30))
-    (tmp_path / "file").write_bytes(b"")
+    (Path(dataset.root) / "cuts").write_bytes(b"")
     (unit,) = units(clips_of(source, [(0, 20)]))
-    cutter = Cutter(job(dataset, folder=str(tmp_path / "file" / "below")))
+    cutter = Cutter(job(dataset))
     outcome = cutter.do(unit)
     cutter.close()
     assert outcome.unwritable and outcome.rows.num_rows == 0

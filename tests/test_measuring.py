@@ -324,7 +324,7 @@ stages = (
           rules=(Rule(column="aesthetic_score", lo=0.5),)),
     Stage(name="b", operators=(b.Model(batch_size=64, num_gpus=1.0),)),
 )
-measuring = Measuring(writer, stages, connect=lambda: None, aws={{}})
+measuring = Measuring(writer, stages, connect=lambda: None, environment=())
 measuring.drain(lambda: None)
 print(measuring.tallies["Draw"].rows, measuring.tallies["Model"].rows)
 """

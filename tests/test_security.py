@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pickle
 import re
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +18,8 @@ import pyarrow as pa
 import pytest
 from conftest import REPOSITORY, Bucket, Run, rows
 
-from engine import blobs, roots, storage
+from engine import blobs, logs, roots, storage
+from engine.cutter import place_of
 from engine.roots import NotAllowed
 from engine.schema import TABLES
 from engine.tables import Writer, create
@@ -138,10 +141,52 @@ def test_what_is_never_opened(uri: str, allow, monkeypatch: pytest.MonkeyPatch) 
         storage.open_read(uri)
 
 
-def test_a_link_to_what_is_never_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["environ.mp4", "self/environ", "self/fd/../environ", "below"])
+def test_a_link_to_what_is_never_opened(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(roots.VARIABLE, raising=False)
     (tmp_path / "environ.mp4").symlink_to("/proc/self/environ")
-    with pytest.raises(NotAllowed, match="nothing in there is opened"):
-        storage.open_read(str(tmp_path / "environ.mp4"))
+    (tmp_path / "self").symlink_to("/proc/self")
+    (tmp_path / "below").symlink_to("self/environ")
+    monkeypatch.chdir(tmp_path)
+    for path in (str(tmp_path / name), name, f"file://{tmp_path / name}"):
+        with pytest.raises(NotAllowed, match="nothing in there is opened"):
+            storage.open_read(path)
+
+
+def test_installed_packages_are_neither_changed_nor_read_but_for_prompts(
+    allow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = made(tmp_path / "packages" / "vbench" / "prompts.txt")
+    code = made(tmp_path / "packages" / "engine" / "code.py")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "packages"))
+    roots._read.cache_clear()
+    allow(tmp_path / "ours")
+    assert storage.read_bytes(str(prompts)) == b"x"
+    for path, opens in ((prompts, storage.delete), (code, storage.delete), (code, storage.stat)):
+        with pytest.raises(NotAllowed):
+            opens(str(path))
+
+
+@pytest.mark.parametrize("root", ["/ds", "s3://bucket/ds"])
+def test_a_table_of_cuts_names_no_file_outside_its_dataset(root: str) -> None:
+    """Such files are deleted when clips are cut anew or forgotten."""
+    assert place_of(root, "cuts/ab/ab.mp4") == f"{root}/cuts/ab/ab.mp4"
+    for name in ("/home/me/a.py", "../../home/me/a.py", "cuts/../../a", "s3://bucket/a",
+                 "file:///home/me/a.py", "//home/me"):  # fmt: skip
+        place = place_of(root, name)
+        assert place.startswith(f"{root}/") and ".." not in place
+
+
+def test_a_store_may_be_named_with_its_port(allow, tmp_path: Path) -> None:
+    allow("hdfs://namenode:8020/data", tmp_path, "s3://bucket", by=":")
+    roots.check_remote("hdfs://namenode:8020/data/a.mp4")
+    roots.check_local(str(tmp_path / "a.mp4"))
+    roots.check_remote("s3://bucket/a.mp4")
+    for outside in ("hdfs://namenode:9000/data/a.mp4", "hdfs://namenode:8020/a.mp4"):
+        with pytest.raises(NotAllowed):
+            roots.check_remote(outside)
 
 
 @pytest.mark.slow
@@ -197,6 +242,20 @@ def test_another_tenants_bucket_is_refused(bucket: Bucket, allow, tmp_path: Path
     for uri in (f"{bucket.uri}/theirs/a.txt", bucket.uri, f"s3a://{bucket.uri[5:]}/theirs/a.txt"):
         with pytest.raises(NotAllowed):
             storage.open_read(uri)
+
+
+@pytest.mark.parametrize("own", ["/data/of/this/machine", ""])
+def test_roots_of_a_machine_stand_where_a_driver_has_others(
+    own: str, allow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow("/")
+    monkeypatch.setenv(logs.VARIABLE, "json")
+    given = storage.worker_environment()
+    monkeypatch.setenv(roots.VARIABLE, own)
+    monkeypatch.setenv(logs.VARIABLE, "text")
+    storage.take_environment(given.items())
+    assert os.environ[roots.VARIABLE] == (own or "/")
+    assert os.environ[logs.VARIABLE] == "json"
 
 
 # Blobs

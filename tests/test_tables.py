@@ -7,14 +7,16 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import lance
 import pyarrow as pa
 import pytest
 from lance.dataset import DatasetOptimizer
 
-from engine import tables
+from engine import storage, tables
 from engine.accounts import balance
 from engine.operator import Rule, Stage
 from engine.schema import CLIPS, KEYFRAMES, SOURCES, TABLES
@@ -22,6 +24,7 @@ from engine.tables import (
     COMPACT_AT,
     DatasetError,
     LeaseLost,
+    NoTable,
     Writer,
     create,
     read,
@@ -402,6 +405,47 @@ def test_verdicts_follow_their_rows_when_others_were_replaced_and_compacted(
     for row in found:
         assert row["brightness"] == pytest.approx(levels[row["source_id"]])
         assert row["state"] == ("rejected" if levels[row["source_id"]] < 0.2 else "kept")
+
+
+def test_a_dataset_that_several_drivers_make_at_once_is_made_once(tmp_path: Path) -> None:
+    """A second making would be a version that overwrites the first, and what is in it."""
+    many = 4
+    with ThreadPoolExecutor(many) as pool:
+        for number in range(3):
+            root, ready = str(tmp_path / str(number)), Barrier(many)
+
+            def made(_: int, root: str = root, ready: Barrier = ready) -> None:
+                ready.wait()
+                create(root, "classic")
+
+            list(pool.map(made, range(many)))
+            assert {read(root, name).version for name in TABLES} == {1}
+
+
+def test_killed_while_it_is_made_a_dataset_is_made_by_the_next_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, put = str(tmp_path / "data"), storage.put_if_absent
+    left = iter(range(6))  # dataset.json, sources and clips, and of keyframes the first file
+
+    def dies(uri: str, data: bytes) -> bool:
+        if next(left, None) is None:
+            (tmp_path / "data" / "keyframes.lance" / "_versions").mkdir()
+            (tmp_path / "data" / "keyframes.lance" / "_versions" / ".reelwright-0.tmp").touch()
+            raise Killed
+        return put(uri, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "put_if_absent", dies)
+        with pytest.raises(Killed):
+            create(root, "classic")
+    with pytest.raises(DatasetError, match="its table 'keyframes' cannot be opened"):
+        read(root, "keyframes")
+    with pytest.raises(NoTable, match="has no table 'pairs'"):
+        read(root, "pairs")
+    create(root, "classic")
+    unit(Writer(root, "r"), "a")
+    assert rows_in(root)["keyframes"] == ["a-0"]
 
 
 def test_another_recipe_is_refused_in_one_line(root: str) -> None:

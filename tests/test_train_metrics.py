@@ -7,6 +7,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,22 @@ def test_many_commits_leave_few_fragments(tmp_path: Path) -> None:
     assert len(list((tmp_path / TABLE / "_versions").iterdir())) <= 10
 
 
+def test_what_fails_after_a_commit_adds_no_row_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal(tmp_path, "image", range(3))
+    table = MetricsTable(tmp_path)
+    table.update()
+    journal(tmp_path, "image", range(3, 5), start=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "COMPACT_AT", 0)
+        patch.setattr(tracking, "_compact", lambda _: (tmp_path / "no" / "room").touch())
+        with pytest.raises(OSError, match="No such file"):
+            table.update()
+    table.update()
+    assert stored(tmp_path) == journals(tmp_path)
+
+
 def test_a_training_stores_its_metrics_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -144,21 +161,24 @@ def test_readers_see_whole_tables(tmp_path: Path) -> None:
     """While one is replaced and appended to, every version that a reader gets is of one moment."""
     journal(tmp_path, "image", range(4))
     MetricsTable(tmp_path).update()
-    ended, torn = threading.Event(), list[Any]()
+    ended = threading.Event()
 
-    def look() -> None:
+    def look() -> list[list[int]]:
+        seen = []
         while not ended.is_set():
-            steps = lance.dataset(str(tmp_path / TABLE)).to_table()["step"].to_pylist()
-            if steps != list(range(len(steps))) or len(steps) < 4:
-                torn.append(steps)
+            seen.append(lance.dataset(str(tmp_path / TABLE)).to_table()["step"].to_pylist())
+        return seen
 
-    reader = threading.Thread(target=look)
-    reader.start()
-    table = MetricsTable(tmp_path)
-    for turn in range(30):
-        start = 4 + turn % 3
-        journal(tmp_path, "image", range(start, start + 3), start=start, at=turn)
-        table.update()
-    ended.set()
-    reader.join()
-    assert not torn
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        table = MetricsTable(tmp_path)
+        try:
+            for turn in range(30):
+                start = 4 + turn % 3
+                journal(tmp_path, "image", range(start, start + 3), start=start, at=turn)
+                table.update()
+        finally:
+            ended.set()
+        seen = looking.result()
+    assert len({len(steps) for steps in seen}) > 1, "it read while the table changed"
+    assert all(steps == list(range(len(steps))) and len(steps) >= 4 for steps in seen)

@@ -224,7 +224,7 @@ class _Filling:
             encoders=self.encoders,
             todo=folder,
             gpu=bool(options["num_gpus"]),
-            aws=tuple(storage.worker_environment().items()),
+            environment=tuple(storage.worker_environment().items()),
         )
         losses = 0
         while units:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import pickle
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -64,7 +63,7 @@ class FillJob:
     todo: str
     """The folder with the rows of the units, a file for each kind."""
     gpu: bool
-    aws: tuple[tuple[str, str], ...]
+    environment: tuple[tuple[str, str], ...]
 
 
 class Unit(NamedTuple):
@@ -94,7 +93,7 @@ class Filler:
     """The actor: units in, outcomes out, one bad sample costing its own feature."""
 
     def __init__(self, job: FillJob):
-        os.environ.update(job.aws)
+        storage.take_environment(job.environment)
         logs.set_up_worker(job.run_id)
         self.job = job
         self.threads = ThreadPoolExecutor(DECODERS)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from engine import logs, observe, storage
-from engine.stores import worker_environment
 from trainers import tracking
 from trainers.dataset import Manifest, read_manifest
 from trainers.job import Job, Stopped
@@ -119,7 +118,7 @@ def on_ray(job: Job, workers: int, watch: Watch | None = None, *, max_failures: 
     own = tempfile.mkdtemp(prefix=".ray-", dir=_made(job.out))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "aws": worker_environment()},
+        train_loop_config={"job": job, "environment": tuple(storage.worker_environment().items())},
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
@@ -175,7 +174,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     from trainers.parallel import World
 
     job: Job = config["job"]
-    os.environ.update(config["aws"])
+    storage.take_environment(config["environment"])
     logs.set_up_worker(_run_id(job))
     try:
         return {"start": train(job, World.joined(get_device()))}

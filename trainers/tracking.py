@@ -135,9 +135,8 @@ class MetricsTable:
         found = sorted(self._run.glob(f"*/{METRICS}"))
         journals = {path.parent.name: _whole_lines(path) for path in found}
         journals = {stage: lines for stage, lines in journals.items() if lines}
-        if self._held is None:
-            self._held = self._looked_at()
-        held = self._held
+        held = self._looked_at() if self._held is None else self._held
+        self._held = None  # until what follows has come to its end: it may fail half-way
         is_grown = all(begin.is_of(journals.get(stage, b"")) for stage, begin in held.items())
         news = (
             {stage: lines[held[stage].size :] if stage in held else lines
