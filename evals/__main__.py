@@ -22,7 +22,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 # Ray reads these when it is imported; it must not start anew in a thread that Ctrl-C leaves behind.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -33,10 +33,13 @@ import tyro
 from engine import command
 from engine.gauge import Unloadable
 from engine.session import connected
-from engine.tables import DatasetError, LeaseLost
+from engine.tables import InUse, LeaseLost
 from evals import showing
 from evals.recipes import NAMES, TINY
 from evals.votes import Votes, votes
+
+if TYPE_CHECKING:
+    from evals.report import Report
 
 _NAMES = "\n".join(
     [
@@ -103,7 +106,7 @@ class Nightly(Run):
     models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=WHERE")] = ()
     """What is evaluated: folders or endpoints."""
     exports: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]FOLDER")] = ()
-    """The newest finished export below NAME=FOLDER, or below each folder in FOLDER."""
+    """The newest finished export below NAME=FOLDER, or below each folder in FOLDER that has one."""
     out: str | None = None
     """Folder or URI for report.md, report.json and report.html."""
     date: str | None = None
@@ -269,34 +272,41 @@ def run(args: Run) -> None:
 def nightly(args: Nightly) -> int:
     """`python -m evals nightly`."""
     from evals import webhook
+    from evals.nightly import today
 
-    url = webhook.address(args.webhook)
+    url, date = webhook.address(args.webhook), args.date or today()
     try:
-        report, is_new = _night(args)
-    except (ValueError, LeaseLost, ConnectionError, Unloadable, OSError) as error:
-        if url and not (isinstance(error, DatasetError) and "is in use by run" in str(error)):
-            webhook.post(url, webhook.failed(args.date or "", args.recipe, error))
+        report = _night(args, date)
+    except (ValueError, ConnectionError, Unloadable, OSError, KeyboardInterrupt) as error:
+        if url and not isinstance(error, InUse):  # then another scheduler does it
+            webhook.post(url, webhook.failed(date, args.recipe, error))
         raise
-    if url and is_new and (report.has_regressed or args.webhook_always):
-        webhook.post(url, webhook.told(report))
+    if url and (report.has_regressed or args.webhook_always):
+        webhook.post_once(url, report, command.destination(args.dst))
     return report.exit_code
 
 
-def _night(args: Nightly) -> tuple[Any, bool]:
-    """Does what is left of a night and prints its report; tells whether anything was left."""
+def _night(args: Nightly, date: str) -> Report:
+    """Does what is left of a night and prints its report."""
     from evals import exports, night_page, pictures
     from evals import nightly as nights
     from evals.trend import trend
 
     asked = ("recipe", "set", "prompts", "enhanced", "dimensions", "drift", "skip_unavailable",
              "num_prompts", "samples", "static_filter", "seed", "implementation")  # fmt: skip
+
+    def say(line: str) -> None:
+        command.err.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    folders, optional = exports.models_in(args.exports, say)
     tonight = nights.Tonight(
         root=command.destination(args.dst),
-        date=args.date or nights.today(),
+        date=date,
         recipe=args.recipe,
         asked=nights.fingerprint({name: getattr(args, name) for name in asked}),
         models=nights.models_of(args.models),
-        exports=exports.models_in(args.exports),
+        exports=folders,
+        optional=optional,
         nights=args.nights,
         tolerance=args.tolerance,
         since=args.since,
@@ -304,26 +314,26 @@ def _night(args: Nightly) -> tuple[Any, bool]:
     if args.out:
         pictures.check()
     with _Bars() as bars:
-        report, is_new = nights.night(
+        report = nights.night(
             tonight,
             lambda specs: request_of(dataclasses.replace(args, models=tuple(specs))),
             connect=lambda: connected(args.workers),
             watch=bars.watch,
-            say=lambda line: command.err.print(line, highlight=False, markup=False, soft_wrap=True),
+            say=say,
             again=args.retry_failed,
         )
     points = [p for p in trend(tonight.root, tonight.recipe) if p.date <= tonight.date]
     written = night_page.write(report, points, command.destination(args.out)) if args.out else []
     if args.json:
         command.print_json(night_page.to_json(report, points) | {"files": written})
-        return report, is_new
+        return report
     for table in night_page.tables(report):
         command.out.print(table)
     for line in report.sentences():
         command.out.print(line, highlight=False, markup=False, soft_wrap=True)
     for path in written:
         command.out.print(path, highlight=False, soft_wrap=True, style="dim")
-    return report, is_new
+    return report
 
 
 def request_of(args: Run) -> Any:

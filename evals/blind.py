@@ -21,6 +21,7 @@ from av.bitstream import BitStreamFilterContext
 from engine.blobs import take_blobs
 from engine.cut import cut_clip
 from engine.encode import BITEXACT, NO_EDITS
+from engine.integrity import VideoError
 from engine.tables import DatasetError, read
 from engine.video import decode, open_video
 from evals.videofiles import NEAR_LOSSLESS
@@ -62,6 +63,8 @@ def fetch(root: str, generation_ids: Sequence[str]) -> list[bytes]:
     if gone := [one for one in generation_ids if one not in row_ids]:
         raise DatasetError(f"{root} has no video {gone[0]} any more: the study was made with it")
     blobs = take_blobs(table, "mp4", ids=[row_ids[one] for one in generation_ids])
+    if None in blobs:
+        raise DatasetError(f"{root} has no video {generation_ids[blobs.index(None)]} any more")
     return [blob.read() for blob in blobs]
 
 
@@ -78,7 +81,7 @@ def blinded(video: bytes) -> Blinded:
         Path(path).write_bytes(video)
         try:
             _without_words(path if _plays(path) else _encoded(path, folder), made)
-        except av.error.InvalidDataError:  # packets that the filter cannot read, and decoders can
+        except av.error.FFmpegError:  # packets that the filter cannot read, and decoders can
             _without_words(_encoded(path, folder), made)
         with av.open(made) as target:
             stream = target.streams.video[0]
@@ -89,8 +92,10 @@ def blinded(video: bytes) -> Blinded:
 def _plays(path: str) -> bool:
     """Whether every browser plays it as it is coded."""
     with av.open(path) as source:
-        context = source.streams.video[0].codec_context
-        return context.codec.canonical_name == "h264" and context.pix_fmt in _PLAIN
+        for stream in source.streams.video[:1]:
+            if context := stream.codec_context:  # else there is no decoder of it
+                return context.codec.canonical_name == "h264" and context.pix_fmt in _PLAIN
+    return False
 
 
 def _without_words(path: str, made: str) -> None:
@@ -118,6 +123,8 @@ def _without_words(path: str, made: str) -> None:
 def _encoded(path: str, folder: str) -> str:
     with open_video(path) as opened:
         times = [frame.time_s for frame in decode(opened)]
+    if not times:
+        raise VideoError("it has no frame")
     a_frame = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
     cut = cut_clip(
         path,

@@ -201,7 +201,7 @@ def _paired(a: Sequence[Value], b: Sequence[Value]) -> tuple[list[tuple[Value, V
 
     A prompt that a suite has twice (VBench has two) counts twice: its n-th is paired with the n-th.
     """
-    one, other = _by_place(a), _by_place(b)
+    one, other = by_place(a), by_place(b)
     pairs = [
         (value, other[place])
         for place, value in one.items()
@@ -210,7 +210,8 @@ def _paired(a: Sequence[Value], b: Sequence[Value]) -> tuple[list[tuple[Value, V
     return pairs, len(one.keys() | other.keys()) - len(pairs)
 
 
-def _by_place(values: Sequence[Value]) -> dict[tuple[str, int, int], Value]:
+def by_place(values: Sequence[Value]) -> dict[tuple[str, int, int], Value]:
+    """By prompt, sample, and how often the suite had these before."""
     seen: Counter[tuple[str, int]] = Counter()
     found = {}
     for value in values:

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine import storage
+from evals.models import NAME
 from trainers.system import system_of
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""Of a model."""
 _DEPTH = 2
 """Folders between that of a run and its exports, at most."""
 _FILES = ("pipeline.json", "training.json", "README.md")
@@ -18,29 +17,40 @@ _CHECKSUM = re.compile(r"^\| (?P<file>\S+) \| .* \| (?P<sha256>[0-9a-f]{16}) \|$
 """A line of a model card's table of files."""
 
 
-def models_in(specs: Sequence[str]) -> dict[str, Path]:
+def models_in(
+    specs: Sequence[str], say: Callable[[str], None]
+) -> tuple[dict[str, Path], frozenset[str]]:
     """Folders that exports are looked for in, by the model's name.
 
     NAME=FOLDER is one model; a FOLDER alone has a folder for each, which is called like it.
 
+    Args:
+        specs: As they are given.
+        say: Called with a line about each folder in a FOLDER that is passed over.
+
+    Returns:
+        The folders, and the names of those that lie in a FOLDER: one may have no export yet.
+
     Raises:
         ValueError: There is no such folder, it is empty, or two have one name.
     """
-    found: dict[str, Path] = {}
+    found, beside = dict[str, Path](), set[str]()
     for spec in specs:
         name, equals, where = spec.partition("=")
         named = bool(equals and NAME.fullmatch(name))
         folder = _folder(where if named else spec)
         some = {name: folder} if named else {p.name: p for p in _shown(folder)}
+        for odd in [one for one in some if not NAME.fullmatch(one)]:
+            path = some.pop(odd)
+            say(f"{path} is passed over: give it a name: --exports NAME={path}")
         if not some:
             raise ValueError(f"--exports {spec}: {folder} has no folder of a model's exports")
         for one, path in some.items():
-            if not NAME.fullmatch(one):
-                raise ValueError(f"{path}: give it a name: --exports NAME={path}")
             if one in found:
                 raise ValueError(f"two models are called {one}: {found[one]} and {path}")
             found[one] = path
-    return found
+        beside |= set() if named else some.keys()
+    return found, frozenset(beside)
 
 
 def newest(name: str, folder: Path, say: Callable[[str], None]) -> Path:

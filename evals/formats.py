@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ _TEX = {
 """What LaTeX would read otherwise; [ or * behind a line's end would belong to that."""
 MAX_WIDE = 10
 """Columns that a page has room for."""
-_MAX_TERMINAL = 8
+MAX_TERMINAL = 8
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,32 @@ class Label:
     """Of a line of a grid: a model or a column."""
 
     text: str
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     n: int | None = None
     is_published: bool = False
+    is_text: bool = False
+    """A column whose entries are words."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """A table as it is shown: models are rows, or columns where there are too many of those."""
 
-    heads: list[Label]
-    names: list[Label]
-    entries: list[list[Entry]]
+    name: str
+    title: str
+    caption: str
+    heads: Sequence[Label]
+    names: Sequence[Label]
+    entries: Sequence[Sequence[Entry]]
     corner: str
-    num_above: int
+    num_above: int = 0
     """Rows above the line between published and ours."""
+    footnotes: tuple[tuple[str, str], ...] = ()
+    """Mark and text."""
+    about: tuple[str, ...] = ()
+    """A line for each column."""
+    most: int = 6
+    """Columns that fit into a line of a paper as they are."""
 
 
 def grid(table: Table, most: int = MAX_WIDE) -> Grid:
@@ -80,8 +92,19 @@ def grid(table: Table, most: int = MAX_WIDE) -> Grid:
     names = [Label(r.model, r.notes, is_published=r.published is not None) for r in table.rows]
     entries = [list(row.entries) for row in table.rows]
     if len(heads) > most and len(heads) > len(names):
-        return Grid(names, heads, [list(one) for one in zip(*entries, strict=True)], "", 0)
-    return Grid(heads, names, entries, "Method", sum(name.is_published for name in names))
+        turned = [list(one) for one in zip(*entries, strict=True)]
+        placed = {"heads": names, "names": heads, "entries": turned, "corner": ""}
+    else:
+        placed = {"heads": heads, "names": names, "entries": entries, "corner": "Method",
+                  "num_above": sum(name.is_published for name in names)}  # fmt: skip
+    return Grid(
+        name=table.preset.name,
+        title=table.title,
+        caption=table.caption,
+        footnotes=table.footnotes,
+        about=table.about,
+        **placed,
+    )
 
 
 def superscript(marks: tuple[str, ...]) -> str:
@@ -95,44 +118,45 @@ def one_line(text: str) -> str:
 
 
 def error_text(entry: Entry) -> str:
-    """Standard error and count of an entry, as far as it has its own."""
+    """Standard error, interval and count of an entry, as far as it has its own."""
     parts = [f"± {entry.stderr}"] if entry.stderr is not None else []
+    parts += [entry.interval] if entry.interval else []
     parts += [f"(n={entry.n:,})"] if entry.n is not None else []
     return " ".join(parts)
 
 
-def markdown(table: Table) -> str:
+def markdown(shown: Grid) -> str:
     """A pipe table with title and caption above, footnotes and columns below."""
 
     def escaped(text: str) -> str:
         return re.sub(r"([\\`*_|<>\[\]~&#])", r"\\\1", one_line(text))
 
     def entry_text(entry: Entry) -> str:
-        number = entry.number
+        number = escaped(entry.number)
         if entry.place:
             number = f"**{number}**" if entry.place == "best" else f"<ins>{number}</ins>"
-        more = error_text(entry)
+        more = escaped(error_text(entry))
         return number + (f" {more}" if more else "") + superscript(entry.notes)
 
     def label_text(label: Label) -> str:
         return escaped(label.text) + superscript(label.notes)
 
-    shown = grid(table)
     heads = [
         label_text(head) + (f"<br>n={head.n:,}" if head.n is not None else "")
         for head in shown.heads
     ]
-    lines = [f"**{escaped(table.title)}**", "", escaped(table.caption), ""]
+    lines = [f"**{escaped(shown.title)}**", "", escaped(shown.caption), ""]
     lines.append("| " + " | ".join([shown.corner, *heads]) + " |")
-    lines.append("|:--|" + "--:|" * len(heads))
+    lines.append("|:--|" + "".join(":--|" if head.is_text else "--:|" for head in shown.heads))
     for name, entries in zip(shown.names, shown.entries, strict=True):
         count = f" (n={name.n:,})" if name.n is not None else ""
         texts = [label_text(name) + count, *map(entry_text, entries)]
         lines.append("| " + " | ".join(texts) + " |")
     lines.append("")
-    lines += [f"{superscript((mark,))} {escaped(text)}  " for mark, text in table.footnotes]
-    lines += [""] if table.footnotes else []
-    lines += ["Columns:", "", *(f"- {escaped(line)}" for line in table.about)]
+    lines += [f"{superscript((mark,))} {escaped(text)}  " for mark, text in shown.footnotes]
+    lines += [""] if shown.footnotes else []
+    if shown.about:
+        lines += ["Columns:", "", *(f"- {escaped(line)}" for line in shown.about)]
     return "\n".join(lines) + "\n"
 
 
@@ -141,8 +165,8 @@ def tex(text: str) -> str:
     return "".join(_TEX.get(c, c) for c in one_line(text))
 
 
-def latex(table: Table) -> str:
-    r"""A float with booktabs' rules; as wide as the line where it has more than six columns."""
+def latex(shown: Grid) -> str:
+    r"""A float with booktabs' rules; as wide as the line where it has many columns."""
 
     def raised(marks: tuple[str, ...]) -> str:
         return rf"\textsuperscript{{{','.join(map(tex, marks))}}}" if marks else ""
@@ -165,7 +189,6 @@ def latex(table: Table) -> str:
     def count(label: Label) -> str:
         return rf"{{\scriptsize n={label.n:,}}}" if label.n is not None else ""
 
-    shown = grid(table)
     heads = [stacked(head.text) + raised(head.notes) for head in shown.heads]
     body = [line([shown.corner, *heads])]
     if any(head.n is not None for head in shown.heads):
@@ -176,23 +199,24 @@ def latex(table: Table) -> str:
             body.append(r"\midrule")
         label = tex(name.text) + raised(name.notes) + (f" {count(name)}" if name.n else "")
         body.append(line([label, *map(entry_text, entries)]))
-    is_wide = len(heads) > 6
+    is_wide = len(heads) > shown.most
+    kinds = "".join("l" if head.is_text else "r" for head in shown.heads)
     lines = [
         r"% needs \usepackage{booktabs,graphicx}",
-        *(f"% {one_line(about)}" for about in table.about),
+        *(f"% {one_line(about)}" for about in shown.about),
         r"\begin{table}[t]",
         r"\centering",
-        rf"\caption{{{tex(table.title)}. {tex(table.caption)}}}",
-        rf"\label{{tab:{table.preset.name.replace('_', '-')}}}",
+        rf"\caption{{{tex(shown.title)}. {tex(shown.caption)}}}",
+        rf"\label{{tab:{shown.name.replace('_', '-')}}}",
         *([r"\resizebox{\linewidth}{!}{%"] if is_wide else []),
-        rf"\begin{{tabular}}{{l{'r' * len(heads)}}}",
+        rf"\begin{{tabular}}{{l{kinds}}}",
         r"\toprule",
         *body,
         r"\bottomrule",
         r"\end{tabular}" + ("}" if is_wide else ""),
     ]
-    if table.footnotes:
-        notes = r"\\ ".join(f"{raised((mark,))} {tex(text)}" for mark, text in table.footnotes)
+    if shown.footnotes:
+        notes = r"\\ ".join(f"{raised((mark,))} {tex(text)}" for mark, text in shown.footnotes)
         lines.append(
             rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\footnotesize {notes}\end{{minipage}}"
         )
@@ -288,7 +312,7 @@ def _rows(table: Table) -> list[dict[str, Any]]:
     ]
 
 
-def rich_table(table: Table) -> RichTable:
+def rich_table(shown: Grid) -> RichTable:
     """Numbers with their errors beneath; models become columns where there are many dimensions."""
     from rich import box
     from rich.table import Table as RichTable
@@ -300,6 +324,7 @@ def rich_table(table: Table) -> RichTable:
         text = Text.assemble(text, superscript(entry.notes))
         for more in (
             f"±{entry.stderr}" if entry.stderr is not None else "",
+            entry.interval,
             f"n={entry.n:,}" if entry.n is not None else "",
         ):
             if more:
@@ -312,11 +337,10 @@ def rich_table(table: Table) -> RichTable:
             text.append(f"\nn={label.n:,}", style="dim")
         return text
 
-    shown = grid(table, _MAX_TERMINAL)
-    notes = [f"{superscript((mark,))} {one_line(text)}" for mark, text in table.footnotes]
+    notes = [f"{superscript((mark,))} {one_line(text)}" for mark, text in shown.footnotes]
     made = RichTable(
-        title=Text(table.title, style="bold"),
-        caption=Text("\n".join([table.caption, *notes])),
+        title=Text(shown.title, style="bold"),
+        caption=Text("\n".join([shown.caption, *notes])),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -324,7 +348,8 @@ def rich_table(table: Table) -> RichTable:
     )
     made.add_column(shown.corner, overflow="fold")
     for head in shown.heads:
-        made.add_column(label_text(head, between="\n"), justify="right", overflow="fold")
+        justify = "left" if head.is_text else "right"
+        made.add_column(label_text(head, between="\n"), justify=justify, overflow="fold")
     for num, (name, entries) in enumerate(zip(shown.names, shown.entries, strict=True), start=1):
         made.add_row(
             label_text(name, between=" "),

@@ -26,7 +26,8 @@ SUFFIXES = VIDEO_SUFFIXES | {".gif"}
 """Of files that are taken for videos, in any case."""
 TOKEN = "REELWRIGHT_SERVED_TOKEN"
 """Environment variable with the key that endpoints are shown, and want, if it is set."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Of a model."""
 _SHOWN = 4  # names of files in an error
 
 
@@ -169,11 +170,20 @@ def parse(specs: Sequence[str]) -> list[Model]:
     Raises:
         ValueError: One is none of these, or two have one name.
     """
-    named = [_named(spec) for spec in specs]
-    for name, count in Counter(name.casefold() for name, _ in named).items():
+    return [_model(name, at) for name, at in named(specs)]
+
+
+def named(specs: Sequence[str]) -> list[tuple[str, str]]:
+    """Names and places of models, neither looked at nor loaded.
+
+    Raises:
+        ValueError: A name is none, or two have one.
+    """
+    found = [_named(spec) for spec in specs]
+    for name, count in Counter(name.casefold() for name, _ in found).items():
         if count > 1:
             raise ValueError(f"{count} models are called {name}: give each a name: NAME=FOLDER")
-    return [_model(name, at) for name, at in named]
+    return found
 
 
 def with_settings(models: Sequence[Model], settings: Sequence[str]) -> list[Model]:
@@ -207,7 +217,7 @@ def with_settings(models: Sequence[Model], settings: Sequence[str]) -> list[Mode
 def _named(spec: str) -> tuple[str, str]:
     """Name and place; what is before the first `=` may be the beginning of a path or URL."""
     name, equals, where = spec.partition("=")
-    if equals and _NAME.fullmatch(name):
+    if equals and NAME.fullmatch(name):
         if not where:
             raise ValueError(f"{spec}: write NAME=FOLDER, or NAME=URL")
         return name, where

@@ -12,17 +12,18 @@ import datetime
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.tables import DatasetError
+from engine.tables import NoDataset
 from evals import exports
 from evals.drift import COLUMN
 from evals.evaluation import Plan, Results, held, videos_of
-from evals.models import Model
+from evals.models import Model, named
 from evals.regressions import (
     Earlier,
     columns_of,
@@ -53,6 +54,8 @@ class Tonight:
     """By name: folder or endpoint."""
     exports: Mapping[str, Path]
     """By name: folder whose newest export is evaluated."""
+    optional: Collection[str] = ()
+    """Of `exports` those that are passed over where there is none yet."""
     nights: int = 7
     """Exports that tonight's is compared with, at most."""
     tolerance: float = 0.0
@@ -89,14 +92,10 @@ def models_of(specs: Sequence[str]) -> dict[str, str]:
     Raises:
         ValueError: One has no name, by which later nights would know it again, or two the same.
     """
-    found: dict[str, str] = {}
-    for spec in specs:
-        name, equals, where = spec.partition("=")
-        if not (equals and where and exports.NAME.fullmatch(name)):
+    found = dict(named(specs))
+    for spec, (name, at) in zip(specs, found.items(), strict=True):
+        if spec != f"{name}={at}":
             raise ValueError(f"--models {spec}: write NAME=FOLDER or NAME=URL")
-        if name in found:
-            raise ValueError(f"two models are called {name}")
-        found[name] = where
     return found
 
 
@@ -117,6 +116,10 @@ def fingerprint(asked: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class _Meanwhile(Exception):
+    """Another scheduler has done the night while this one got ready."""
+
+
 def night(
     tonight: Tonight,
     request: Callable[[Sequence[str]], Request],
@@ -125,8 +128,8 @@ def night(
     watch: Callable[[Any], None] = lambda _: None,
     say: Say = lambda _: None,
     again: bool = False,
-) -> tuple[Report, bool]:
-    """Does what is left to do of a night; gives its report, and whether anything was left.
+) -> Report:
+    """Does what is left to do of a night; gives its report.
 
     Args:
         tonight: What it is to be.
@@ -144,24 +147,48 @@ def night(
         Unloadable: A model or a metric cannot be loaded.
     """
     there = [n for n in _nights(tonight) if n.date == tonight.date]
-    finished = [n.report for n in there if n.report and n.report.asked == tonight.asked]
-    done = {m.name for report in finished for m in report.models} & set(tonight.names)
+    finished = _finished(tonight, there)
+    done = _names(finished) & set(tonight.names)
     if done and not again:
         say(f"the night of {tonight.date} is done for {', '.join(sorted(done))}: not done again")
     todo = [name for name in tonight.names if again or name not in done]
-    if todo:
-        specs = [where(tonight, name, there, say) for name in todo]
-        asked = dataclasses.replace(request(specs), night=tonight.date)
+    specs = [spec for name in todo if (spec := where(tonight, name, there, say))]
+    if not specs and not done:
+        raise ValueError(f"{', '.join(tonight.names)}: none has a finished export")
+    if specs:
+        asked = request(specs)
+        asked = dataclasses.replace(asked, night=tonight.date, asked=tonight.asked)
         _check(asked.models)
         found: list[Report] = []
+
+        def begin() -> None:
+            if not again and _names(_finished(tonight, _nights(tonight))) & set(todo):
+                raise _Meanwhile
 
         def conclude(ran: Done) -> dict[str, Any]:
             found.append(_report(tonight, asked, ran))
             return {"night": found[0].to_dict()}
 
-        run(asked, connect=connect, watch=watch, conclude=conclude)
+        try:
+            run(asked, connect=connect, watch=watch, begin=begin, conclude=conclude)
+        except _Meanwhile:
+            return night(tonight, request, connect=connect, watch=watch, say=say)
         finished = [*found, *finished]
-    return Report.merged(finished, tonight.names), bool(todo)
+    evaluated = _names(finished)
+    return Report.merged(finished, [name for name in tonight.names if name in evaluated])
+
+
+def _finished(tonight: Tonight, nights: Sequence[Night]) -> list[Report]:
+    """What this command found on this date, the newest first."""
+    return [
+        one.report
+        for one in nights
+        if one.date == tonight.date and one.asked == tonight.asked and one.report
+    ]
+
+
+def _names(reports: Sequence[Report]) -> set[str]:
+    return {model.name for report in reports for model in report.models}
 
 
 def _check_date(what: str, given: str) -> None:
@@ -177,24 +204,34 @@ def _nights(tonight: Tonight) -> list[Night]:
     """Nights up to this one, the newest first; none where there is no dataset yet."""
     try:
         found = nights_of(tonight.root, tonight.recipe)
-    except DatasetError as error:
-        if "holds no dataset" not in str(error):
-            raise
+    except NoDataset:
         return []
     return [one for one in found if one.date <= tonight.date]
 
 
-def where(tonight: Tonight, name: str, there: Sequence[Night], say: Say) -> str:
-    """NAME=WHERE of a model; of one whose night died, where it began."""
+def where(tonight: Tonight, name: str, there: Sequence[Night], say: Say) -> str | None:
+    """NAME=WHERE of a model; of one whose night died, where it began.
+
+    None where it has no export, and none is needed.
+
+    Raises:
+        ValueError: It has none, and one is needed.
+    """
     if name in tonight.models:
         return f"{name}={tonight.models[name]}"
     for one in there:
-        if not one.finished and name in one.models:
+        if not one.finished and one.asked == tonight.asked and name in one.models:
             begun = Path(one.plan.model(name)["at"])
             if begun.is_relative_to(tonight.exports[name]) and exports.lacks(begun) is None:
                 say(f"{name}: goes on with {begun}, which this night began with")
                 return f"{name}={begun}"
-    found = exports.newest(name, tonight.exports[name], say)
+    try:
+        found = exports.newest(name, tonight.exports[name], say)
+    except (ValueError, OSError) as error:
+        if name not in tonight.optional:
+            raise
+        say(f"{name} is passed over: {error}")
+        return None
     say(f"{name}: {found}")
     return f"{name}={found}"
 
@@ -241,7 +278,7 @@ def _report(tonight: Tonight, request: Request, done: Done) -> Report:
                 run_id=done.run_id,
                 is_tiny=plan.is_tiny or "tiny" in model.notes,
                 num_made=0 if generated is None else _made(generated),
-                scores=_scores(tonight, plan, model.name, before),
+                scores=_scores(tonight, plan, model.name, before, {c.dimension for c in some}),
             )
         )
     return Report(
@@ -269,44 +306,50 @@ def _earlier(
     tonight: Tonight, plan: Plan, name: str, export: str, before: Sequence[Night]
 ) -> tuple[list[Earlier], str | None]:
     """Other exports of a model, the newest first, and since when tonight's is the same."""
-    found, seen, same = [], {export}, None
+    found, same = list[Earlier](), None
+    seen = defaultdict[str, set[str]](set)
+    wanted = Counter(dict.fromkeys(columns_of(plan), tonight.nights))
     for one, said in _of(name, before):
-        if said.export == export and len(seen) == 1:
-            same = one.date
-        if said.export in seen:
+        columns = {c for c in columns_of(plan) if not obstacle(c, plan, one.plan)}
+        if not columns:
+            continue  # such as a try-out with a few prompts: it hides no other night
+        if said.export == export:
+            same = one.date if not found else same
             continue
-        seen.add(said.export)
         assert one.report is not None
-        found.append(
-            Earlier(
-                date=one.date,
-                columns=frozenset(c for c in columns_of(plan) if not obstacle(c, plan, one.plan)),
-                regressed=frozenset(
-                    [c.dimension for c in one.report.regressions if c.model == name]
-                    + [x.dimension for x in one.report.losses if x.model == name]
-                ),
-                read=functools.partial(values_of, tonight.root, one.plan, name),
-            )
+        earlier = Earlier(
+            date=one.date,
+            columns=columns - seen[said.export],
+            regressed=frozenset(
+                [c.dimension for c in one.report.regressions if c.model == name]
+                + [x.dimension for x in one.report.losses if x.model == name]
+            ),
+            read=functools.partial(values_of, tonight.root, one.plan, name),
         )
+        if earlier.columns:
+            found.append(earlier)
+        seen[said.export] |= columns
+        wanted.subtract(set(earlier.columns) - set(earlier.regressed))
+        if max(wanted.values()) <= 0:
+            break  # older ones would not be compared with
     return found, same
 
 
 def _of(name: str, before: Sequence[Night]) -> list[tuple[Night, ModelNight]]:
-    """A model's nights, one a date."""
-    found: dict[str, tuple[Night, ModelNight]] = {}
-    for one in before:
-        for said in one.report.models if one.report else ():
-            if said.name == name:
-                found.setdefault(one.date, (one, said))
-    return list(found.values())
+    """A model's nights, which may be several a date."""
+    return [
+        (one, said)
+        for one in before
+        for said in (one.report.models if one.report else ())
+        if said.name == name
+    ]
 
 
 def _not_measured(tonight: Tonight, plan: Plan, name: str, before: Sequence[Night]) -> list[Loss]:
     """Dimensions that the same command measured on a night before, and cannot measure now."""
     found: dict[str, Loss] = {}
-    for one, said in _of(name, before)[: tonight.nights]:
-        if one.report is None or one.report.asked != tonight.asked:
-            continue
+    like = [one for one in before if one.asked == tonight.asked]
+    for one, said in _of(name, like)[: tonight.nights]:
         for score in said.scores:
             if score.num_videos and score.dimension not in columns_of(plan):
                 loss = Loss(
@@ -321,17 +364,22 @@ def _not_measured(tonight: Tonight, plan: Plan, name: str, before: Sequence[Nigh
     return list(found.values())
 
 
-def _scores(tonight: Tonight, plan: Plan, name: str, before: Sequence[Night]) -> tuple[Score, ...]:
-    """A model's scores, with why each is compared with no earlier night."""
+def _scores(
+    tonight: Tonight,
+    plan: Plan,
+    name: str,
+    before: Sequence[Night],
+    tested: Collection[str],
+) -> tuple[Score, ...]:
+    """A model's scores, with why one is not `tested`: compared with no earlier night."""
     found = []
+    last = next((one for one, _ in _of(name, before)), None)
     for cell in Results.of(tonight.root, plan, {name: plan}).cells():
         if cell.category is not None:
             continue
-        reasons = {one.date: obstacle(cell.column, plan, one.plan) for one, _ in _of(name, before)}
         note = None
-        if reasons and all(reasons.values()):
-            date, why = next(iter(reasons.items()))
-            note = f"not compared with {date}: {why}"
+        if last and cell.column not in tested and (why := obstacle(cell.column, plan, last.plan)):
+            note = f"not compared with {last.date}: {why}"
         found.append(
             Score(
                 dimension=cell.column,

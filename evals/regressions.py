@@ -26,6 +26,7 @@ from evals.compare import (
     RESAMPLES,
     WEIGHTS,
     Difference,
+    by_place,
     compare,
     holm,
 )
@@ -154,12 +155,12 @@ def verdict(column: str, difference: Difference, least: int, tolerance: float = 
 
 def averaged(nights: Sequence[Sequence[Value]]) -> list[Value]:
     """The mean of each video's scores over nights that have one."""
-    by_place: dict[tuple[str, int, int], list[Value]] = defaultdict(list)
+    found: dict[tuple[str, int, int], list[Value]] = defaultdict(list)
     for values in nights:
-        for place, value in _placed(values).items():
-            by_place[place].append(value)
+        for place, value in by_place(values).items():
+            found[place].append(value)
     made = []
-    for some in by_place.values():
+    for some in found.values():
         scored = [value for value in some if value.score is not None]
         if not scored:
             made.append(some[0])
@@ -175,7 +176,7 @@ def lost(
     """Videos without a score that had one before; all of them, where nothing has one."""
     failed = {
         place: value
-        for place, value in _placed(tonight).items()
+        for place, value in by_place(tonight).items()
         if value.score is None and value.error != NO_OBJECT
     }
     had = [one for one in earlier if failed and _scored(one.values(column)) & failed.keys()]
@@ -196,19 +197,8 @@ def lost(
     )
 
 
-def _placed(values: Sequence[Value]) -> dict[tuple[str, int, int], Value]:
-    """By prompt, sample, and how often the suite had these before."""
-    seen: Counter[tuple[str, int]] = Counter()
-    found = {}
-    for value in values:
-        place = value.prompt, value.sample
-        found[(*place, seen[place])] = value
-        seen[place] += 1
-    return found
-
-
 def _scored(values: Sequence[Value]) -> set[tuple[str, int, int]]:
-    return {place for place, value in _placed(values).items() if value.score is not None}
+    return {place for place, value in by_place(values).items() if value.score is not None}
 
 
 def values_of(root: str, plan: Plan, name: str) -> dict[str, list[Value]]:

@@ -172,9 +172,9 @@ class Report:
         if not found:
             found.append(self._all_well())
         if few := self.untold:
-            least = min(c.difference.num_prompts for c in few)
+            least, needed = min(c.difference.num_prompts for c in few), max(c.needed for c in few)
             of = sorted({f"{c.model} in {title(c.dimension)}" for c in few})
-            found.append(f"cannot be told for {_some(of)}: {least:,} prompts, {MIN_PROMPTS} needed")
+            found.append(f"cannot be told for {_some(of)}: {least:,} prompts, {needed:,} needed")
         found += [
             f"{m.name}: unchanged since {m.unchanged_since}"
             for m in self.models
@@ -190,7 +190,12 @@ class Report:
         tested = sum(c.verdict != "too few" for c in self.comparisons)
         if tested:
             return f"no regression: {tested:,} comparisons, none worse beyond its noise"
-        return "nothing was compared: no earlier night evaluated other exports of these models"
+        if self.comparisons:
+            return f"nothing can be told: {len(self.comparisons):,} comparisons of too few prompts"
+        return (
+            "nothing was compared: no earlier night evaluated other exports of these models that"
+            " can be compared with"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `of` reads it back."""
@@ -223,9 +228,11 @@ class Report:
         of = {
             name: next(r for r in some if any(m.name == name for m in r.models)) for name in names
         }
+        used = [one for one in some if one in of.values()]
         return dataclasses.replace(
             some[0],
-            seconds=sum(one.seconds for one in some if one in of.values()),
+            seconds=sum(one.seconds for one in used),
+            num_scored=sum(one.num_scored for one in used),
             models=tuple(next(m for m in r.models if m.name == n) for n, r in of.items()),
             comparisons=tuple(c for n, r in of.items() for c in r.comparisons if c.model == n),
             losses=tuple(one for n, r in of.items() for one in r.losses if one.model == n),

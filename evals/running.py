@@ -13,12 +13,15 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+from lance import LanceOperation
+
 import engine.lease
 from engine import observe
 from engine.lease import Lease
 from engine.provenance import provenance
 from engine.schema import RUNS
-from engine.tables import Writer, create
+from engine.tables import NoDataset, Writer, create, identity, uninterrupted
 from evals import generating, importing, scoring, segments
 from evals.dimensions import DIMENSIONS
 from evals.drift import needed_segments
@@ -55,6 +58,8 @@ class Request:
     lease_expiry_s: float = engine.lease.EXPIRY_S
     night: str | None = None
     """Date of a nightly evaluation, YYYY-MM-DD."""
+    asked: str = ""
+    """Of one, what its command asked for: `evals.nightly.fingerprint`."""
 
     @property
     def plan(self) -> Plan:
@@ -94,6 +99,7 @@ def run(
     *,
     connect: Callable[[], AbstractContextManager[Any]],
     watch: Callable[[Any], None] = lambda _: None,
+    begin: Callable[[], None] = lambda: None,
     conclude: Callable[[Done], Mapping[str, Any]] = lambda _: {},
 ) -> Done:
     """Generates or imports what is missing and scores it; the same call again goes on.
@@ -102,10 +108,12 @@ def run(
         request: What is to be done.
         connect: To Ray, where something is to do.
         watch: Called with the run's progress.
+        begin: Called when nobody else can write any more, before anything is written; what it
+            raises ends the run.
         conclude: Says what is recorded beside the counts. The run has ended when that is stored.
 
     Raises:
-        DatasetError: The dataset cannot be written to, or is in use.
+        DatasetError: The dataset cannot be written to, or is in use (`InUse`).
         LeaseLost: Another driver has taken over.
         OSError: A model or the dataset cannot be read.
         Unloadable: A model or a metric cannot be loaded.
@@ -117,9 +125,10 @@ def run(
         Lease(request.root, run_id, request.lease_expiry_s),
         ExitStack() as stack,
     ):
+        begin()
         writer = Writer(request.root, run_id)
         running = _Running(request, writer, connect, watch, stack)
-        running.record(seconds=None)
+        running.record(seconds=None, counts={"asked": request.asked} if request.night else {})
         generated = running.generate()
         scored = running.score()
         seconds = time.monotonic() - began
@@ -131,13 +140,9 @@ def run(
 
 def _make(root: str) -> None:
     """Makes the dataset where there is none."""
-    from engine.tables import DatasetError, identity
-
     try:
         identity(root)
-    except DatasetError as error:
-        if "holds no dataset" not in str(error):
-            raise
+    except NoDataset:
         create(root, DATASET)
 
 
@@ -160,9 +165,9 @@ class _Running:
             request.plan.resolved(), [f"{m.name}={m.at}" for m in request.models]
         )
 
-    def record(self, *, seconds: float | None, counts: dict[str, Any] | None = None) -> None:
+    @uninterrupted()
+    def record(self, *, seconds: float | None, counts: dict[str, Any]) -> None:
         """Says in `runs` what this run is asked for, and later that it came to its end."""
-        self.writer.remove("runs", "run_id", [self.writer.run_id])
         row = (
             dict.fromkeys(RUNS.names)
             | self._about
@@ -172,11 +177,20 @@ class _Running:
                 "started_at": self._started,
                 "seconds": seconds,
                 "interrupted": seconds is None,
-                "counts": json.dumps(counts or {}),
+                "counts": json.dumps(counts),
                 "night": self.request.night,
             }
         )
-        self.writer.add_run(row)
+        rows = pa.Table.from_pylist([row], schema=RUNS)
+        table = self.writer.tables["runs"]
+        changed, emptied = table.without("run_id", [self.writer.run_id])
+        table.commit(  # one commit: between two, a death would leave the run without a row
+            LanceOperation.Update(
+                removed_fragment_ids=emptied,
+                updated_fragments=changed,
+                new_fragments=self.writer.fragments_of("runs", rows),
+            )
+        )
 
     def connected(self) -> None:
         """Starts Ray, or connects to it, when it is first needed."""

@@ -10,21 +10,24 @@ import csv
 import dataclasses
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
-from evals.formats import one_line, tex
+from evals.formats import Grid, Label, latex, markdown, rich_table
 from evals.ranks import ranks
 from evals.study import PUBLISHED, Name
+from evals.tables import Entry, Place
 from evals.tally import FEW, Pair, Share, Tally
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 DASH = "–"
+_DAGGER = ("†",)
+"""Marks what is published."""
+_MOST = 3
+"""Columns of shares with their intervals that fit into a line of a paper."""
 Format = Literal["markdown", "latex", "csv", "json"]
 _HOW: Mapping[Name, str] = {
     "rise": "Share of the results in which a model was among those chosen; several may be, so a"
@@ -37,40 +40,6 @@ _INTERVALS = (
     " variance clustered by voter and by prompt)."
 )
 _PLACES = "Best in bold, second underlined, among our models, by the numbers as printed."
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What stands in one place of a table."""
-
-    text: str
-    more: str = ""
-    place: int | None = None
-    """1 is bold, 2 underlined."""
-
-
-@dataclass(frozen=True)
-class Label:
-    """Of a row or a column."""
-
-    text: str
-    is_published: bool = False
-    is_text: bool = False
-    """A column whose entries are words."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as it is shown."""
-
-    name: str
-    title: str
-    corner: str
-    heads: tuple[Label, ...]
-    rows: tuple[tuple[Label, tuple[Entry, ...]], ...]
-    caption: str
-    source: str | None = None
-    """What published numbers are of."""
 
 
 def grids(tally: Tally, *, with_published: bool = False) -> list[Grid]:
@@ -90,23 +59,26 @@ def _paper_grid(tally: Tally, with_published: bool) -> Grid:
         [_entry(tally.shares[key][model], places[key].get(model)) for key in asked]
         for model in study.models
     ]
+    footnotes: tuple[tuple[str, str], ...] = ()
     if with_published:
-        models = [Label(m, is_published=True) for m in PUBLISHED[study.name]] + models
-        printed = [[Entry(f"{n}%") for n in ns] for ns in PUBLISHED[study.name].values()]
+        models = [Label(m, _DAGGER, is_published=True) for m in PUBLISHED[study.name]] + models
+        printed = [[Entry(number=f"{n}%") for n in ns] for ns in PUBLISHED[study.name].values()]
         columns = printed + columns
-    heads = tuple(Label(question.header) for question in design.questions)
-    rows = tuple((m, tuple(c)) for m, c in zip(models, columns, strict=True))
+        footnotes = (("†", f"as printed in {design.source}, of other videos and voters"),)
+    heads, names = [Label(question.header) for question in design.questions], models
     if study.name == "mimir":
-        turned = zip(heads, zip(*columns, strict=True), strict=True)
-        heads, rows = tuple(models), tuple((head, tuple(entries)) for head, entries in turned)
+        heads, names, columns = names, heads, [list(one) for one in zip(*columns, strict=True)]
     return Grid(
         name=f"{study.name}_study",
         title=f"{design.source}: user study",
-        corner="Method",
-        heads=heads,
-        rows=rows,
         caption=" ".join(_caption(tally)),
-        source=design.source if with_published else None,
+        heads=heads,
+        names=names,
+        entries=columns,
+        corner="Method",
+        num_above=sum(name.is_published for name in names),
+        footnotes=footnotes,
+        most=_MOST,
     )
 
 
@@ -139,10 +111,10 @@ def _num(number: int, of: str) -> str:
     return f"{number:,} {of}{'' if number == 1 else 's'}"
 
 
-def _entry(share: Share, place: int | None) -> Entry:
+def _entry(share: Share, place: Place | None = None) -> Entry:
     if share.value is None:
-        return Entry(DASH)
-    return Entry(f"{_printed(share.value)}%", _interval(share), place)
+        return Entry(number=DASH)
+    return Entry(number=f"{_printed(share.value)}%", interval=_interval(share), place=place)
 
 
 def _printed(value: float) -> Decimal:
@@ -155,12 +127,13 @@ def _interval(share: Share) -> str:
     return f"[{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
-def _places(shares: Mapping[str, Share]) -> dict[str, int]:
+def _places(shares: Mapping[str, Share]) -> dict[str, Place]:
     """Models of rank 1 and 2 by the numbers as printed; none where all are equal."""
     numbers = {m: float(_printed(s.value)) for m, s in shares.items() if s.value is not None}
     if len(set(numbers.values())) < 2:
         return {}
-    return {model: rank for model, rank in ranks(numbers).items() if rank <= 2}
+    names: dict[float, Place] = {1: "best", 2: "second"}
+    return {model: names[rank] for model, rank in ranks(numbers).items() if rank in names}
 
 
 def _pair_grid(tally: Tally) -> Grid:
@@ -169,33 +142,32 @@ def _pair_grid(tally: Tally) -> Grid:
         Label("Question", is_text=True),
         Label("Votes"),
         Label("for the first"),
-        Label("Prompts won : lost"),
+        Label("Prompts won:lost"),
         Label("p (Holm)"),
         Label("p by votes"),
     )
-    rows = tuple(
-        (
-            Label(f"{one.a} – {one.b}"),
-            (
-                Entry(titles[one.question]),
-                Entry(f"{one.share.of:,}"),
-                _entry(one.share, None),
-                Entry(f"{one.prompts_a:,} : {one.prompts_b:,}"),
-                Entry(_p(one.p_adjusted)),
-                Entry(_p(one.p_votes)),
-            ),
-        )
+    entries = [
+        [
+            Entry(number=titles[one.question]),
+            Entry(number=f"{one.share.of:,}"),
+            _entry(one.share),
+            Entry(number=f"{one.prompts_a:,}:{one.prompts_b:,}"),
+            Entry(number=_p(one.p_adjusted)),
+            Entry(number=_p(one.p_votes)),
+        ]
         for one in tally.pairs
-    )
+    ]
     return Grid(
         name="mimir_pairs",
         title="Pairwise preference",
-        corner="Pair",
-        heads=heads,
-        rows=rows,
         caption="p: two-sided sign test over prompts, each decided by the majority of its votes,"
         " adjusted by Holm over all lines. p by votes takes every vote for independent, which votes"
         " of one voter or on one prompt are not: it is too small.",
+        heads=heads,
+        names=[Label(f"{one.a} – {one.b}") for one in tally.pairs],
+        entries=entries,
+        corner="Pair",
+        most=_MOST,
     )
 
 
@@ -205,39 +177,7 @@ def _p(value: float | None) -> str:
 
 def rich_tables(tally: Tally, *, with_published: bool = False) -> list[RichTable]:
     """For a terminal."""
-    return [_rich(grid) for grid in grids(tally, with_published=with_published)]
-
-
-def _rich(grid: Grid) -> RichTable:
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    def name(label: Label) -> Text:
-        mark = "†" if label.is_published else ""
-        return Text(one_line(label.text) + mark, style="dim" if label.is_published else "")
-
-    notes = [f"† as printed in {grid.source}, of other videos and voters"] if grid.source else []
-    made = RichTable(
-        title=Text(grid.title, style="bold"),
-        caption=Text("\n".join([grid.caption, *notes])),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
-    made.add_column(grid.corner, overflow="fold")
-    for head in grid.heads:
-        made.add_column(name(head), justify="left" if head.is_text else "right", overflow="fold")
-    styles = {1: "bold", 2: "underline", None: ""}
-    for label, entries in grid.rows:
-        cells = []
-        for head, entry in zip(grid.heads, entries, strict=True):
-            dim = "dim" if label.is_published or head.is_published else ""
-            cell = Text(one_line(entry.text), style=styles[entry.place] or dim)
-            cells.append(Text.assemble(cell, (f"\n{entry.more}", "dim")) if entry.more else cell)
-        made.add_row(name(label), *cells)
-    return made
+    return [rich_table(grid) for grid in grids(tally, with_published=with_published)]
 
 
 def text(tallies: Sequence[Tally], kind: Format, *, with_published: bool = False) -> str:
@@ -247,66 +187,9 @@ def text(tallies: Sequence[Tally], kind: Format, *, with_published: bool = False
         return json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if kind == "csv":
         return _csv(tallies, with_published)
-    write = {"markdown": _markdown, "latex": _latex}[kind]
+    write = {"markdown": markdown, "latex": latex}[kind]
     made = [write(g) for t in tallies for g in grids(t, with_published=with_published)]
     return "\n".join(made)
-
-
-def _markdown(grid: Grid) -> str:
-    def escaped(said: str) -> str:
-        return re.sub(r"([\\`*_|<>\[\]~&#])", r"\\\1", one_line(said))
-
-    def name(label: Label) -> str:
-        return escaped(label.text) + ("†" if label.is_published else "")
-
-    def cell(entry: Entry) -> str:
-        wrap = {1: "**{}**", 2: "<ins>{}</ins>", None: "{}"}[entry.place]
-        return wrap.format(escaped(entry.text)) + (f" {escaped(entry.more)}" if entry.more else "")
-
-    lines = [f"**{escaped(grid.title)}**", ""]
-    lines.append("| " + " | ".join([grid.corner, *map(name, grid.heads)]) + " |")
-    lines.append("|:--|" + "".join(":--|" if head.is_text else "--:|" for head in grid.heads))
-    for label, entries in grid.rows:
-        lines.append("| " + " | ".join([name(label), *map(cell, entries)]) + " |")
-    lines += ["", escaped(grid.caption), ""]
-    if grid.source:
-        lines += [f"† as printed in {escaped(grid.source)}, of other videos and voters", ""]
-    return "\n".join(lines)
-
-
-def _latex(grid: Grid) -> str:
-    def name(label: Label) -> str:
-        return tex(label.text) + (r"\textsuperscript{$\dagger$}" if label.is_published else "")
-
-    def cell(entry: Entry) -> str:
-        said = tex(entry.text)
-        if entry.place:
-            said = rf"\{'textbf' if entry.place == 1 else 'underline'}{{{said}}}"
-        return said + (rf" {{\scriptsize {tex(entry.more)}}}" if entry.more else "")
-
-    def line(texts: Sequence[str]) -> str:
-        return " & ".join(texts) + r" \\"
-
-    note = rf" $\dagger$ As printed in {tex(grid.source)}." if grid.source else ""
-    is_wide = len(grid.heads) > 3
-    kinds = "".join("l" if head.is_text else "r" for head in grid.heads)
-    lines = [
-        r"% needs \usepackage{booktabs,graphicx}",
-        r"\begin{table}[t]",
-        r"\centering",
-        rf"\caption{{{tex(grid.title)}. {tex(grid.caption)}{note}}}",
-        rf"\label{{tab:{grid.name.replace('_', '-')}}}",
-        *([r"\resizebox{\linewidth}{!}{%"] if is_wide else []),
-        rf"\begin{{tabular}}{{l{kinds}}}",
-        r"\toprule",
-        line([grid.corner, *map(name, grid.heads)]),
-        r"\midrule",
-        *(line([name(label), *map(cell, entries)]) for label, entries in grid.rows),
-        r"\bottomrule",
-        r"\end{tabular}" + ("}" if is_wide else ""),
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 _COLUMNS = (

@@ -79,6 +79,8 @@ class Entry:
     """As printed, with its suffix; a dash where there is none."""
     stderr: str | None = None
     """In the number's unit."""
+    interval: str = ""
+    """Of 95 %, in brackets."""
     n: int | None = None
     """Videos; None where the column's heading says it."""
     place: Place | None = None
@@ -141,11 +143,11 @@ class Table:
 
     def markdown(self) -> str:
         """For a README: a pipe table, its caption, footnotes and columns."""
-        return formats.markdown(self)
+        return formats.markdown(formats.grid(self))
 
     def latex(self) -> str:
         r"""A `table` float; needs `\usepackage{booktabs,graphicx}`."""
-        return formats.latex(self)
+        return formats.latex(formats.grid(self))
 
     def csv(self) -> str:
         """For machines: a row a model; a column's value, then COLUMN_stderr, COLUMN_n and more."""
@@ -153,7 +155,7 @@ class Table:
 
     def rich(self) -> RichTable:
         """For a terminal; models beside each other where there are more columns than fit."""
-        return formats.rich_table(self)
+        return formats.rich_table(formats.grid(self, formats.MAX_TERMINAL))
 
     def to_json(self) -> str:
         """Everything, numbers in full, as JSON."""

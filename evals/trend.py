@@ -1,14 +1,15 @@
 """Nights of a dataset, and how scores went from one to the next: read from `runs` alone.
 
 A nightly run stores its report beside its counts, so that months of nights open at once: neither
-scores nor videos are read.
+scores nor videos are read, and what it was asked for (suites are long) only where it is needed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.tables import read
@@ -26,12 +27,25 @@ class Night:
     date: str
     """YYYY-MM-DD."""
     run_id: str
-    models: tuple[str, ...]
-    plan: Plan
+    asked: str
+    """Fingerprint of what its command asked for, beside models (`evals.nightly.fingerprint`)."""
+    read: Callable[[], Plan] = field(repr=False)
     finished: bool
     """It came to its end; one that did not is there only where no later one did its work."""
     report: Report | None = None
     """What it found; None where it did not finish."""
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """What it was asked for."""
+        return self.read()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Their names."""
+        if self.report is not None:
+            return tuple(model.name for model in self.report.models)
+        return tuple(model["name"] for model in self.plan.models)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,42 +71,39 @@ class TrendPoint:
     """Small random weights gave it: it means nothing."""
 
 
-def nights_of(root: str, recipe: str | None = None, *, before: str | None = None) -> list[Night]:
-    """Nights of a dataset, the newest first; one a date and set of models.
+def nights_of(root: str, recipe: str | None = None) -> list[Night]:
+    """Nights of a dataset, the newest first.
 
     Args:
         root: The dataset.
         recipe: Of this recipe alone.
-        before: Of earlier dates than this one.
 
     Raises:
         DatasetError: There is no dataset.
     """
-    found, done = [], set[tuple[str, str, str]]()
-    for row in _rows(root, recipe, before):
-        plan = Plan.of(row)
-        models = tuple(m["name"] for m in plan.models)
-        keys = {(row["night"], plan.recipe, name) for name in models}
-        if row["interrupted"] and keys <= done:
-            continue  # gone on with
-        said = json.loads(row["counts"] or "{}").get("night")
-        if not row["interrupted"]:
-            done |= keys
-        found.append(
-            Night(
-                date=row["night"],
-                run_id=row["run_id"],
-                models=models,
-                plan=plan,
-                finished=not row["interrupted"],
-                report=Report.of(said) if said else None,
-            )
+    found, done = [], set[tuple[str, ...]]()
+    for row in _rows(root, recipe):
+        counts = json.loads(row["counts"] or "{}")
+        report = Report.of(counts["night"]) if "night" in counts else None
+        night = Night(
+            date=row["night"],
+            run_id=row["run_id"],
+            asked=report.asked if report else counts.get("asked", ""),
+            read=functools.partial(_plan, root, row["run_id"]),
+            finished=not row["interrupted"],
+            report=report,
         )
+        keys = {(night.date, row["recipe"], night.asked, name) for name in night.models}
+        if night.finished:
+            done |= keys
+        elif keys <= done:
+            continue  # gone on with
+        found.append(night)
     return found
 
 
 def trend(root: str, recipe: str | None = None, nights: int = NIGHTS) -> list[TrendPoint]:
-    """Scores of the last finished nights, the oldest first.
+    """Scores of the last finished nights, the oldest first; of a date the one of most videos.
 
     Args:
         root: The dataset.
@@ -104,16 +115,20 @@ def trend(root: str, recipe: str | None = None, nights: int = NIGHTS) -> list[Tr
     """
     dates: set[str] = set()
     points: dict[tuple[str, str, str], TrendPoint] = {}
-    for row in _rows(root, recipe, None, columns=("counts",)):
+    for row in _rows(root, recipe):
         if row["interrupted"] or (recipe is not None and row["recipe"] != recipe):
             continue
+        if len(dates) == nights and row["night"] not in dates:
+            break
         recipe = row["recipe"]
         said = json.loads(row["counts"] or "{}").get("night")
-        if said is None or (len(dates) == nights and row["night"] not in dates):
+        if said is None:
             continue
         dates.add(row["night"])
         for point in points_of(Report.of(said)):
-            points.setdefault((point.date, point.model, point.dimension), point)
+            known = points.setdefault((point.date, point.model, point.dimension), point)
+            if point.num_videos > known.num_videos:
+                points[point.date, point.model, point.dimension] = point
     return sorted(points.values(), key=lambda p: (p.date, p.model, p.dimension))
 
 
@@ -138,25 +153,24 @@ def points_of(report: Report) -> Iterator[TrendPoint]:
             )
 
 
-def _rows(
-    root: str, recipe: str | None, before: str | None, columns: tuple[str, ...] = ()
-) -> list[dict[str, Any]]:
+def _rows(root: str, recipe: str | None) -> list[dict[str, Any]]:
     """Rows of `runs` that are nights, the newest first, `recipe` without what tells its kind."""
     table = read(root, "runs")
     if "night" not in table.schema.names:  # of an earlier version, which had no nights
         return []
-    wanted = columns or ("counts", "resolved")
-    where = f"night IS NOT NULL AND starts_with(recipe, '{KIND}')"
-    rows: list[dict[str, Any]] = table.to_table(
-        columns=["run_id", "recipe", "night", "started_at", "interrupted", *wanted], filter=where
+    found: list[dict[str, Any]] = table.to_table(
+        columns=["run_id", "recipe", "night", "started_at", "interrupted", "counts"],
+        filter=f"night IS NOT NULL AND starts_with(recipe, '{KIND}')",
     ).to_pylist()
-    found: list[dict[str, Any]] = []
-    for row in rows:
+    for row in found:
         row["recipe"] = row["recipe"].removeprefix(KIND)
-        if recipe in (None, row["recipe"]) and (before is None or row["night"] < before):
-            found.append(row)
-    return sorted(found, key=_when, reverse=True)
+    found = [row for row in found if recipe in (None, row["recipe"])]
+    return sorted(found, key=lambda row: (row["night"], row["started_at"]), reverse=True)
 
 
-def _when(row: Mapping[str, Any]) -> tuple[str, Any]:
-    return row["night"], row["started_at"]
+def _plan(root: str, run_id: str) -> Plan:
+    rows = read(root, "runs").to_table(
+        columns=["run_id", "resolved", "counts"], filter=f"run_id = '{run_id}'"
+    )
+    (row,) = rows.to_pylist()
+    return Plan.of(row)

@@ -5,12 +5,14 @@ The address is a secret: it is never printed, logged or stored.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from engine import storage
 from evals.report import Report, lost, sentence
 
 VARIABLE = "EVALS_WEBHOOK"
@@ -100,15 +102,30 @@ def told(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def failed(date: str, recipe: str, error: Exception) -> dict[str, Any]:
+def failed(date: str, recipe: str, error: BaseException) -> dict[str, Any]:
     """What is posted where a night could not be done; its log says why."""
     kind = type(error).__name__
+    why = f"could not be done ({kind}): see its log"
+    if isinstance(error, KeyboardInterrupt):  # by a deadline, most of all
+        why = "was stopped: the same command goes on with it"
     return {
-        "text": f"Nightly evaluation {date}, {recipe}: could not be done ({kind}): see its log",
+        "text": f"Nightly evaluation {date}, {recipe}: {why}",
         "status": "failed",
         "date": date,
         "recipe": recipe,
     }
+
+
+def post_once(url: str, report: Report, root: str) -> None:
+    """Posts a report, unless it is noted below the dataset's root that this was done.
+
+    The note comes last: a night whose message a death or a silent chat kept back is posted by the
+    next call that asks for it.
+    """
+    runs = ",".join(sorted({model.run_id for model in report.models}))
+    note = storage.join(root, "posted", hashlib.sha256(runs.encode()).hexdigest()[:16])
+    if storage.kind(note) is None and post(url, told(report)):
+        storage.write_bytes(note, b"")
 
 
 def post(url: str, body: Mapping[str, Any]) -> bool:
@@ -121,7 +138,9 @@ def post(url: str, body: Mapping[str, Any]) -> bool:
         if attempt:
             time.sleep(_BACKOFF_S * 2 ** (attempt - 1))
         try:
-            status = httpx.post(url, json=body, timeout=TIMEOUT_S).status_code
+            # what is answered is not read: TIMEOUT_S holds for a read, of which there may be many
+            with httpx.stream("POST", url, json=body, timeout=TIMEOUT_S) as answer:
+                status = answer.status_code
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             why = type(error).__name__
             continue

@@ -338,7 +338,7 @@ def test_a_table_that_several_servers_make_at_once_is_made_once(tmp_path: Path) 
             assert lance.dataset(str(path / "votes.lance")).version == 1
 
 
-def test_thousands_of_votes_stay_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_votes_leave_few_fragments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ballots, "COMPACT_AT", 8)
     study = made("rise", 30)
     for item in study.items:
@@ -484,10 +484,10 @@ def test_rises_shares_count_results_and_may_sum_to_more(tmp_path: Path) -> None:
     (grid,) = study_tables.grids(found)
     assert grid.caption.startswith("TOO FEW VOTES")
     assert [head.text for head in grid.heads] == ["Aesthetic", "Temporal", "Text"]
-    rows = {label.text: entries for label, entries in grid.rows}
-    assert [e.text for e in rows["a"]] == ["83.33%"] * 3 and rows["a"][0].place == 1
-    assert [e.text for e in rows["b"]] == ["33.33%"] * 3 and rows["b"][0].place == 2
-    assert rows["c"][0].place == 2, "equal numbers share the place"
+    rows = {label.text: entries for label, entries in zip(grid.names, grid.entries, strict=True)}
+    assert [e.number for e in rows["a"]] == ["83.33%"] * 3 and rows["a"][0].place == "best"
+    assert [e.number for e in rows["b"]] == ["33.33%"] * 3 and rows["b"][0].place == "second"
+    assert rows["c"][0].place == "second", "equal numbers share the place"
 
 
 def test_mimirs_shares_count_comparisons_and_pairs_are_tested(tmp_path: Path) -> None:
@@ -509,12 +509,12 @@ def test_mimirs_shares_count_comparisons_and_pairs_are_tested(tmp_path: Path) ->
     assert bc.p_adjusted == pytest.approx(9 * 2 / 2**6), "nine tests, all as strong"
     assert bc.p_votes == pytest.approx(2 * (1 + 18) / 2**18)
     paper, pairs = study_tables.grids(found)
-    assert [label.text for label, _ in paper.rows] == [
+    assert [label.text for label in paper.names] == [
         "Instruction Following", "Physics Simulation", "Visual Quality",
     ]  # fmt: skip
     assert [head.text for head in paper.heads] == ["a", "b", "c"]
-    assert [e.text for e in paper.rows[0][1]] == ["100.00%", "47.22%", "2.78%"]
-    assert len(pairs.rows) == 9
+    assert [e.number for e in paper.entries[0]] == ["100.00%", "47.22%", "2.78%"]
+    assert len(pairs.names) == 9
 
 
 def test_votes_of_another_study_are_left_aside(tmp_path: Path) -> None:
