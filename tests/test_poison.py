@@ -144,6 +144,9 @@ def test_the_real_videos_run_to_the_end_and_balance(real: dict, videos: Path) ->
     assert all(error and "\n" not in error for error in failed.values())
 
 
+COUNTED_PX = 2e8
+
+
 def test_metadata_agrees_with_ffprobe_on_what_both_read(real: dict) -> None:
     import json
 
@@ -153,8 +156,11 @@ def test_metadata_agrees_with_ffprobe_on_what_both_read(real: dict) -> None:
         if row["state"] != "done":
             continue
         entries = "codec_name,width,height,avg_frame_rate,nb_read_frames,pix_fmt"
+        # so many tell whether it can decode the file, and all of them whether we counted right
+        is_short = row["num_frames"] * row["width_px"] * row["height_px"] < COUNTED_PX
         shown = subprocess.run(
             [ffprobe, "-v", "error", "-select_streams", "v:0", "-of", "json", "-count_frames",
+             *([] if is_short else ["-read_intervals", "%+#5"]),
              "-show_entries", f"stream={entries}:stream_side_data=rotation", row["uri"]],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
@@ -168,7 +174,7 @@ def test_metadata_agrees_with_ffprobe_on_what_both_read(real: dict) -> None:
             assert stream["codec_name"] == row["codec"], name
         assert stream["pix_fmt"] == row["pix_fmt"], name
         _, den = map(int, stream["avg_frame_rate"].split("/"))
-        if den and row["scanned"]:
+        if den and row["scanned"] and is_short:
             assert row["num_frames"] == int(stream["nb_read_frames"]), name
         turned = any(
             abs(d.get("rotation", 0)) % 180 == 90 for d in stream.get("side_data_list", ())

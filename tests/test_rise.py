@@ -557,24 +557,24 @@ def test_the_commands(
     said = ran("cache", name, "--data", quadruples, "--stages", "image")
     assert "image, latents: 3 computed" in said and "image, tokens: 3 computed" in said
     training = (
-        "train", name, "--data", quadruples, "--out", run, "--set", "image.steps=80",
+        "train", name, "--data", quadruples, "--out", run, "--set", "image.steps=40",
         "motion.steps=2", "--stages", "image", "motion", "--log-every", 1,
         "--checkpoint-every", 10, "--torch-threads", 1,
     )  # fmt: skip
     process = started(*training)
     lines = 0
-    while process.poll() is None and lines < 15:
+    while process.poll() is None and lines < 11:
         time.sleep(0.1)
         lines = len(tracking.read(run / "image"))
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 130, err
     assert "stopped: run the same command again to go on" in err and "Traceback" not in err
-    assert "image: 3 samples, 80 steps of 4" in err
+    assert "image: 3 samples, 40 steps of 4" in err
     assert not (run / "image" / "final.safetensors").exists()
     ran(*training)
     resumed = [line["loss"] for line in tracking.read(run / "image")]
-    found = with_settings(with_stages(recipe(name), ["image"]), ["image.steps=80"])
+    found = with_settings(with_stages(recipe(name), ["image"]), ["image.steps=40"])
     train(found, quadruples, tmp_path / "undisturbed", micro_batch=4)
     undisturbed = [line["loss"] for line in tracking.read(tmp_path / "undisturbed" / "image")]
     assert resumed == undisturbed
