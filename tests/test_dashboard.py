@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -15,11 +16,17 @@ import psutil
 import pytest
 from conftest import REPOSITORY, Bucket
 
+from cluster.dashboard.look import THEME
 from engine.tables import create
 
 pytestmark = pytest.mark.slow
 
 PAGES = ("funnel", "clips", "thresholds", "pairs", "training", "evaluation", "runs")
+GROUND = {
+    dark: [str(int(THEME[f"theme.{name}.backgroundColor"][at : at + 2], 16)) for at in (1, 3, 5)]
+    for dark, name in ((False, "light"), (True, "dark"))
+}
+"""Red, green and blue of a page's background, by whether it is dark."""
 Serve = Callable[..., str]
 
 
@@ -48,8 +55,12 @@ def test_every_page_opens_in_both_themes_and_writes_nothing(
     for page in PAGES:
         for dark in (False, True):
             browser.visit(f"{url}/{page}", dark=dark)
-            assert not browser.all("[data-testid='stException']"), browser.text
-            assert page.capitalize() in browser.text
+            for bad in ("stException", "stAlertContentError"):
+                assert not browser.all(f"[data-testid='{bad}']"), (page, browser.text)
+            assert [title.text for title in browser.all("h1")] == [page.capitalize()]
+            (app,) = browser.all("[data-testid='stApp']")
+            ground = app.value_of_css_property("background-color")
+            assert re.findall(r"\d+", ground)[:3] == GROUND[dark]
     assert listing(quadruples) == before
 
 

@@ -26,6 +26,7 @@ from shown_clips import (
 )
 
 from cluster.dashboard import clips, funnel, thresholds
+from cluster.dashboard.bounds import SIGNS, bounds_of, changes, published_bounds
 from engine.accounts import balance
 from engine.duplicates import Distinct
 from engine.operator import Stage
@@ -89,14 +90,14 @@ def test_numbers_equal_what_a_publication_then_writes(copied: str, cosine: float
     writer = Writer(copied, "test")
     writer.publish(stages)
     seen = set()
-    for changes in SETTINGS:
-        bounds = thresholds.bounds_of(with_bounds(stages, changes))
+    for setting in SETTINGS:
+        bounds = bounds_of(with_bounds(stages, setting))
         now = thresholds.published(copied)
         then = thresholds.settled(copied, stages, thresholds.judged(copied, stages, bounds))
         outcome = thresholds.compared(now, then)
         ids = read(copied, "clips").to_table(columns=["clip_id"])["clip_id"].to_numpy()
         before = _kept(copied)
-        writer.publish(with_bounds(stages, thresholds.changes(stages, bounds)))
+        writer.publish(with_bounds(stages, changes(stages, bounds)))
         accounts, after = balance(writer.table, None), _kept(copied)
         assert thresholds.states(then) == {s: n for s, n in accounts.clips.items()
                                            if n and s != "total"}  # fmt: skip
@@ -104,7 +105,7 @@ def test_numbers_equal_what_a_publication_then_writes(copied: str, cosine: float
         assert set(ids[outcome.gained]) == after - before
         assert set(ids[outcome.lost]) == before - after
         # and what is then shown as published is these bounds, or rejects the very same clips
-        start = thresholds.published_bounds(copied, stages)
+        start = published_bounds(copied, stages)
         again = thresholds.judged(copied, stages, start)
         assert thresholds.same_as_published(again, thresholds.published(copied))
         seen |= thresholds.states(then).keys()
@@ -124,13 +125,13 @@ def _kept(root: str) -> set[str]:
 
 
 def test_the_line_that_is_exported_is_what_refilter_takes(copied: str) -> None:
-    bounds = thresholds.bounds_of(STAGES)
-    assert thresholds.changes(STAGES, bounds) == ()
+    bounds = bounds_of(STAGES)
+    assert changes(STAGES, bounds) == ()
     moved = bounds | {("brightness", "lo"): 0.35, ("num_frames", "lo"): 30.0,
                       ("motion_score", "above"): 1e-05}  # fmt: skip
-    changes = thresholds.changes(STAGES, moved)
-    assert changes == ("num_frames.lo=30", "motion_score.above=1e-05", "brightness.lo=0.35")
-    assert thresholds.bounds_of(with_bounds(STAGES, changes)) == moved
+    said = changes(STAGES, moved)
+    assert said == ("num_frames.lo=30", "motion_score.above=1e-05", "brightness.lo=0.35")
+    assert bounds_of(with_bounds(STAGES, said)) == moved
     recorded = thresholds.described(CLASSIC, moved)
     rules = {r["column"]: r for s in recorded["stages"] for r in s["rules"]}
     assert rules["brightness"]["lo"] == 0.35 and rules["aspect_ratio"]["hi"] == 2.0
@@ -145,12 +146,12 @@ def test_the_bounds_of_a_run_are_found_where_they_rejected_nothing(tmp_path: Pat
     writer = commit(root, [source], [dark])
     writer.publish(loose)
     add_run(writer, {"clips": {"kept": 1}}, 1, dataclasses.replace(CLASSIC, stages=loose))
-    assert thresholds.published_bounds(root, STAGES)["brightness", "lo"] == 0
+    assert published_bounds(root, STAGES)["brightness", "lo"] == 0
     writer.publish(with_bounds(STAGES, ["brightness.lo=0.01"]))  # of which nothing is recorded
-    found = thresholds.published_bounds(root, STAGES)["brightness", "lo"]
+    found = published_bounds(root, STAGES)["brightness", "lo"]
     assert found <= 0.05  # kept is kept
     writer.publish(STAGES)
-    assert thresholds.published_bounds(root, STAGES)["brightness", "lo"] == 0.2
+    assert published_bounds(root, STAGES)["brightness", "lo"] == 0.2
 
 
 def test_the_funnel_adds_up_to_the_accounts(made: Path) -> None:
@@ -169,7 +170,7 @@ def test_the_funnel_adds_up_to_the_accounts(made: Path) -> None:
     assert stages == sorted(stages)
     lasts = read(root, "clips").to_table(columns=["duration_s"], filter="kept")["duration_s"]
     assert steps[-1].video_s == pytest.approx(sum(lasts.to_pylist()))
-    past = funnel.steps(STAGES, funnel.tallies_of(funnel.runs(root)[-1]))
+    past = funnel.steps(STAGES, funnel.tallies_of(funnel.curations(root)[-1]))
     assert [(s.label, s.num) for s in past] == [(s.label, s.num) for s in steps]
     assert {s: n["num"] for s, n in funnel.sources(root).items()} == {
         "done": 3, "failed": 1, "duplicate": 0,
@@ -182,14 +183,14 @@ def test_the_funnel_adds_up_to_the_accounts(made: Path) -> None:
 
 def test_the_nearest_to_a_bound_are_those_of_the_command_line(made: Path) -> None:
     root = str(made)
-    for (column, which), bound in thresholds.published_bounds(root, STAGES).items():
+    for (column, which), bound in published_bounds(root, STAGES).items():
         kept, out = clips.nearest(root, column, which, bound, 5)
         values = read(root, "clips").to_table(
             columns=[column], filter=f"kept and {column} is not null"
         )
         far = sorted(abs(v - bound) for v in values[column].to_pylist())
         assert [abs(r[column] - bound) for r in kept] == pytest.approx(far[:5])
-        reason = f"{column}{thresholds.SIGNS[which]}{bound:g}"
+        reason = f"{column}{SIGNS[which]}{bound:g}"
         if reason in balance(lambda name: read(root, name), None).reasons:
             told = [r for r in nearest(root, column, 1000).to_pylist() if r["reason"] == reason]
             assert [r["clip_id"] for r in out] == [r["clip_id"] for r in told[:5]]
@@ -211,17 +212,18 @@ def test_filters_find_what_a_look_at_all_rows_finds(made: Path) -> None:
         if r["source_uri"].endswith("signals.webm")
     ]
     wanted.sort(key=lambda r: (-r["motion_score"], r["clip_id"]))
-    num, found = clips.found(root, choice, 5, 10)
-    assert num == len(wanted) > 15
+    assert clips.num(root, choice) == len(wanted) > 15
+    found = clips.found(root, choice, 5, 10)
     assert [r["clip_id"] for r in found] == [r["clip_id"] for r in wanted[5:15]]
     spoken = clips.Choice(words="From FRAME 20")
-    assert clips.found(root, spoken, 0, 5)[0] == 1
-    assert clips.found(root, clips.Choice(words="it's ' OR true --"), 0, 5) == (0, [])
+    assert clips.num(root, spoken) == len(clips.found(root, spoken, 0, 5)) == 1
+    injected = clips.Choice(words="it's ' OR true --")
+    assert clips.num(root, injected) == 0 and not clips.found(root, injected, 0, 5)
 
 
 def test_rules_say_of_a_clip_what_decided_it(made: Path) -> None:
     root = str(made)
-    bounds = thresholds.published_bounds(root, STAGES)
+    bounds = published_bounds(root, STAGES)
     for row in read(root, "clips").to_table().to_pylist():
         told = clips.checks(row, STAGES, bounds)
         if row["state"] == "kept":
@@ -240,11 +242,15 @@ def test_an_older_dataset_without_some_columns_is_shown(made: Path, tmp_path: Pa
     table = lance.dataset(f"{root}/clips.lance")
     table.drop_columns(["media", "overlay_score", "caption_original", "extra"])
     assert funnel.steps(STAGES, funnel.tallies(root))[0].num == table.count_rows()
-    bounds = thresholds.bounds_of(STAGES)
+    bounds = bounds_of(STAGES)
     found = thresholds.judged(root, STAGES, bounds)
     assert "overlay_score>" not in {g.crossed for g in found.groups}
-    assert clips.found(root, clips.Choice(words="brighter"), 0, 3)[0] == 3
-    assert funnel.runs(root) == []
+    assert clips.num(root, clips.Choice(words="brighter")) == 3
+    assert funnel.curations(root) == []
+    page = _opened(root, "thresholds")
+    page.selectbox(key="threshold_signal").select("overlay_score").run()
+    assert not page.exception, page.exception
+    assert "overlay_score was not measured" in page.info[0].value
 
 
 def _page(dataset: str, name: str) -> None:
@@ -257,12 +263,17 @@ def _page(dataset: str, name: str) -> None:
     page.show(Places(dataset=dataset, evaluations=dataset))
 
 
-def _said(root: str, name: str) -> str:
+def _opened(root: str, name: str) -> Any:
     from streamlit.testing.v1 import AppTest
 
     ran = AppTest.from_function(_page, kwargs={"dataset": root, "name": name}, default_timeout=60)
     ran.run()
     assert not ran.exception, ran.exception
+    return ran
+
+
+def _said(root: str, name: str) -> str:
+    ran = _opened(root, name)
     return "\n".join(str(e.value) for e in (*ran.info, *ran.markdown, *ran.caption, *ran.metric))
 
 
@@ -286,7 +297,7 @@ def test_datasets_that_are_not_finished_give_a_friendly_page(page: str, tmp_path
 
 @pytest.mark.slow
 def test_pages_read_large_tables_by_columns_not_row_by_row(made: Path, tmp_path: Path) -> None:
-    """`tests/bench_dashboard.py` opens a million; a fifth of that may take a fifth of its time."""
+    """`tests/bench_dashboard.py` opens a million in a browser: this is CPU alone, of a fifth."""
     import bench_dashboard
 
     root = str(tmp_path / "large")

@@ -23,7 +23,7 @@ from conftest import REPOSITORY
 
 from cluster.dashboard import evaluation, evaluation_charts, page_runs, runs
 from engine.provenance import provenance
-from engine.schema import GENERATIONS, RUNS, SCORES
+from engine.schema import CLIPS, GENERATIONS, RUNS, SCORES, SOURCES
 from engine.tables import DatasetError, Writer, create
 from evals.evaluation import KIND, Plan
 from evals.models import Model
@@ -315,21 +315,40 @@ def test_a_run_is_chosen_with_its_own_suite(evaluated: Path) -> None:
     assert first.models == ["ours"] and first.dimensions == [DIMENSIONS[1], DIMENSIONS[0]]
     assert [preset.name for preset in newest.presets()][:3] == ["rise_3", "rise_figure4", "plain"]
     assert evaluation.evaluation(str(evaluated), "tiny_rise", None).is_meaningless
+    with pytest.raises(DatasetError, match="has no run gone any more"):
+        evaluation.evaluation(str(evaluated), "rise", "gone")
 
 
 def test_videos_that_browsers_do_not_know_become_h264(evaluated: Path, tmp_path: Path) -> None:
     how = {"cache": str(tmp_path), "cache_bytes": 10**8}
-    as_it_is = evaluation.video_bytes(str(evaluated), "ours 0", None, **how)
+    as_it_is = evaluation.video_bytes(str(evaluated), "ours 0", **how)
     assert as_it_is == (evaluated.parent / "0.mp4").read_bytes() and not list(tmp_path.iterdir())
-    made = evaluation.video_bytes(str(evaluated), "third <b> 0", None, **how)
+    made = evaluation.video_bytes(str(evaluated), "third <b> 0", **how)
     assert b"mp4v" in (evaluated.parent / "2.mp4").read_bytes() and b"avc1" in made
     (kept,) = tmp_path.iterdir()
     with av.open(str(kept)) as container:
         assert container.streams.video[0].codec_context.name == "h264"
         assert sum(1 for _ in container.decode(video=0)) == FRAMES
-    assert evaluation.video_bytes(str(evaluated), "third <b> 0", None, **how) == made
+    assert evaluation.video_bytes(str(evaluated), "third <b> 0", **how) == made
     with pytest.raises(DatasetError, match="has no video third <b> 8"):
-        evaluation.video_bytes(str(evaluated), "third <b> 8", None, **how)
+        evaluation.video_bytes(str(evaluated), "third <b> 8", **how)
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "plays"),
+    [
+        ("libx264", "yuv420p", True),
+        ("libx264", "yuv444p", False),
+        ("libx264", "yuv420p10le", False),
+        ("libvpx-vp9", "yuv420p", True),
+    ],
+)
+def test_what_an_mp4_says_of_its_codec(
+    tmp_path: Path, codec: str, pix_fmt: str, plays: bool
+) -> None:
+    frames = np.zeros((2, 64, 64, 3), np.uint8)
+    path = encode(tmp_path / "a.mp4", frames, codec=codec, pix_fmt=pix_fmt, fps=8)
+    assert bool(evaluation._PLAYS.search(path.read_bytes())) == plays
 
 
 def test_a_radar_puts_each_value_on_its_spoke() -> None:
@@ -366,6 +385,25 @@ def test_rules_are_told_in_words() -> None:
     tell = page_runs._readable
     assert tell({"column": "motion", "lo": None, "hi": None, "above": 0.0}) == "motion > 0"
     assert tell([{"column": "ratio", "lo": 1, "hi": 2}]) == ["ratio ≥ 1 and ratio ≤ 2"]
+
+
+def test_failures_of_clips_are_counted_for_the_run_that_read_their_source(tmp_path: Path) -> None:
+    root, of = str(tmp_path / "set"), {"media": "video", "source_uri": "x"}
+    create(root, "classic")
+    writer = Writer(root, "r")
+    sources = [{"source_id": s, "uri": s, "run_id": f"run of {s}", "state": "done"} for s in "ab"]
+    failed = {"state": "failed", "error_type": "DecodeError", "error": "a\n frame " + "x" * 200}
+    clips = [of | failed | {"clip_id": f"{n}", "source_id": "ab"[n > 2]} for n in range(5)]
+    clips.append(of | {"clip_id": "well", "source_id": "a", "state": "kept"})
+    writer.append("sources", pa.Table.from_pylist(sources, schema=SOURCES))
+    writer.append("clips", pa.Table.from_pylist(clips, schema=CLIPS))
+    odd = dict.fromkeys(RUNS.names) | {"run_id": "run of a", "recipe": "classic"}
+    writer.add_run(odd | {"started_at": STARTED})
+    lance.dataset(f"{root}/clips.lance").drop_columns(["error_operator"])  # of an earlier version
+    (run,) = runs.runs([root])
+    (told,) = runs.failures(run)
+    assert told == {"table": "clips", "at": "scan", "error_type": "DecodeError", "kind": "final",
+                    "message": "a frame " + "x" * 192 + " …", "count": 3}  # fmt: skip
 
 
 def test_runs_are_read_whatever_wrote_them(evaluated: Path, tmp_path: Path) -> None:

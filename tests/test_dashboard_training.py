@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from small_sets import Item, make_set, picture
+from streamlit.testing.v1 import AppTest
 
-from cluster.dashboard import pairs, training
+from cluster.dashboard import keyframes, page_training, pairs, training
 from engine.schema import KEYFRAMES
 from engine.tables import Writer, read
 from trainers import tracking
@@ -142,7 +143,7 @@ def test_runs_are_what_their_folders_say(trained: Path) -> None:
     assert (image.steps, image.checkpoints, image.total("num_skipped")) == (9, (4,), 2)
     assert image.last("samples_per_s") == 12.5 and image.last("mfu") is None
     assert not new.is_tiny and new.recipe == "rise_animatediff"
-    (sample,) = training.samples_in(new)
+    (sample,) = training.samples_in(new, 6)
     assert (sample.caption, sample.about, sample.is_video) == ("a cute cat", "A cat, cute.", True)
 
 
@@ -189,7 +190,43 @@ def test_smoothing_is_the_mean_of_what_there_is() -> None:
     found = training.smoothed(values, 0.5)
     assert found == pytest.approx([1.0, (0.5 * 1 + 3) / 1.5, (0.25 * 1 + 0.5 * 3 + 2) / 1.75])
     assert training.smoothed(np.full(50, 7.0), 0.99) == pytest.approx(np.full(50, 7.0))
-    assert training.smoothed(values, 0.0) is values
+    assert np.array_equal(training.smoothed(values, 0.0), values)
+
+
+def test_of_many_samples_only_those_that_are_shown_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / training.SAMPLES
+    folder.mkdir()
+    for name in ("notes.txt", *(f"{n}.mp4" for n in range(9))):
+        (folder / name).touch()
+    read: list[str] = []
+    monkeypatch.setattr(training, "_json", lambda uri: read.append(uri) or {})
+    run = training.Run(folder=str(tmp_path), name="r", about={}, stages=())
+    assert [one.caption for one in training.samples_in(run, 2)] == ["0", "1"]
+    assert len(read) == 2
+
+
+def test_runs_are_not_read_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, ...]] = []
+    monkeypatch.setattr(training, "runs", lambda folders: read.append(folders) or [])
+    assert page_training._runs(("a folder",)) == page_training._runs(("a folder",)) == []
+    assert read == [("a folder",)]
+
+
+def test_what_a_prompt_says_is_no_markdown(tmp_path: Path) -> None:
+    def script(path: str) -> None:
+        from cluster.dashboard import page_training
+        from cluster.dashboard.places import Places
+        from cluster.dashboard.training import Sample
+
+        one = Sample(caption="![](http://x.y/z) $5 *or* $10", uri=path, is_video=False)
+        page_training._sample(one, Places(dataset="", evaluations=""))
+
+    shown = AppTest.from_function(script, args=(str(picture(tmp_path / "a.png", 90)),)).run()
+    assert not shown.exception
+    assert shown.caption[0].value.startswith(r"\!\[\]\(http")
+    assert shown.caption[0].value.endswith(r"\$5 \*or\* \$10")
 
 
 def test_a_long_curve_is_thinned_to_means() -> None:
@@ -222,20 +259,20 @@ def test_what_was_kept_of_a_text_is_told_from_what_was_added() -> None:
 def test_pairs_are_found_by_filter(quadruples: Path) -> None:
     root = str(quadruples)
     rows = read(root, "pairs").to_table().to_pylist()
-    total, found = pairs.found(root, pairs.Filter(), 0, 2)
-    assert total == len(rows) and len(found) == 2
-    kept, _ = pairs.found(root, pairs.Filter(state="kept"), 0, 1)
+    assert pairs.num(root, pairs.Filter()) == len(rows)
+    assert len(pairs.found(root, pairs.Filter(), 0, 2)) == 2
+    kept = pairs.num(root, pairs.Filter(state="kept"))
     assert kept == sum(row["state"] == "kept" for row in rows)
     counted = pairs.counts(root).to_pylist()
     assert sum(row["num_pairs"] for row in counted) == len(rows)
     word = rows[0]["rephrased"].split()[-1].strip(".").upper()
-    some, found = pairs.found(root, pairs.Filter(words=word), 0, 100)
+    some = pairs.found(root, pairs.Filter(words=word), 0, 100)
     sought = [r for r in rows if word.lower() in f"{r['original']}\n{r['rephrased']}".lower()]
-    assert some == len(sought) > 0
-    assert pairs.found(root, pairs.Filter(words="it's % _ no"), 0, 5) == (0, [])
+    assert len(some) == len(sought) > 0
+    assert not pairs.found(root, pairs.Filter(words="it's % _ no"), 0, 5)
     clips = [row["clip_id"] for row in rows]
-    pictures = pairs.keyframes(root, clips, 2)
+    pictures = keyframes.found(root, clips, 160, most=2)
     assert set(pictures) == set(clips)
-    assert all(len(of) == 2 and of[0][:2] == b"\xff\xd8" for of in pictures.values())
-    small = cv2.imdecode(np.frombuffer(pictures[clips[0]][0], np.uint8), cv2.IMREAD_COLOR)
-    assert small.shape == (2 * pairs.THUMBNAIL_PX, 320, 3)
+    assert all(len(of) == 2 for of in pictures.values())
+    small = cv2.imdecode(np.frombuffer(pictures[clips[0]][0][1], np.uint8), cv2.IMREAD_COLOR)
+    assert small.shape == (120, 160, 3)

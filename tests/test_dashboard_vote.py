@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
+import re
 import resource
 import shutil
 import urllib.request
+import wave
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +17,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+import pyarrow as pa
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from streamlit.testing.v1 import AppTest
 from studies import make_evaluation
 
+from cluster.dashboard import page_vote
 from cluster.dashboard.places import Places
+from engine.integrity import VideoError
+from engine.tables import DatasetError
+from evals import blind
 from evals import votes as ballots
 from evals.study import Name, Study
 
@@ -128,7 +136,8 @@ def test_a_vote_is_stored_a_reload_keeps_the_place_and_no_name_gets_out(
         heard += said() + browser.html
         for page in ("evaluation", "nowhere"):
             browser.visit(f"{rise}/{page}")
-            assert "Which video is better?" in browser.text, "there is no other page"
+            # there is no other page: this one opens, in a second run of the script
+            browser.until(lambda: "Which video is better?" in browser.text)
             heard += said() + browser.html
     shown = study(folder).shown(study(folder).voter_id("ann"), first)
     found = rows(folder, "ann")
@@ -262,7 +271,8 @@ def page(places: Places, address: str = "") -> AppTest:
 
 def told(made: AppTest) -> str:
     assert not made.exception
-    return " ".join(str(one.value) for one in (*made.error, *made.caption, *made.markdown))
+    said = " ".join(str(one.value) for one in (*made.error, *made.caption, *made.markdown))
+    return re.sub(r"\\(.)", r"\1", said)  # as Markdown shows it
 
 
 def test_only_codes_of_the_file_may_vote(evaluation: str, folder: Path, tmp_path: Path) -> None:
@@ -274,6 +284,49 @@ def test_only_codes_of_the_file_may_vote(evaluation: str, folder: Path, tmp_path
     assert "This code is not known here" in told(page(places, "eve"))
     assert "a code has 1 to 64" in told(page(places, "a\tb"))
     assert "Your code" in told(page(places))
+    file.write_text("eve\n")
+    assert "This code is not known here" in told(page(places, "ann")), "no longer"
+    assert "Voting as eve" in told(page(places, "eve"))
+
+
+def test_each_voter_has_a_clock_of_their_own(evaluation: str, folder: Path) -> None:
+    places = Places(dataset=evaluation, evaluations=evaluation, votes=str(folder), only_vote=True)
+    made = page(places, "early*bird")
+    assert r"Voting as early\*bird" in [one.value for one in made.caption], "a code is no Markdown"
+    made.query_params["voter"] = "late"
+    made.run()
+    assert "Voting as late" in told(made)
+    for voter in map(study(folder).voter_id, ("early*bird", "late")):
+        item = study(folder).ordered(voter)[0]
+        assert f"seen-{voter}-{item.item_id}" in made.session_state
+
+
+def test_a_video_that_cannot_be_shown_is_left_out(
+    evaluation: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise pa.ArrowException("narwhal's file is damaged")
+
+    monkeypatch.setattr(page_vote, "_video", fails)
+    places = Places(dataset=evaluation, evaluations=evaluation, votes=str(folder), only_vote=True)
+    made = page(places, "patient")
+    assert "narwhal" not in told(made)
+    assert "all that can be shown (0 of 3)" in made.info[0].value
+
+
+def test_what_is_no_video_is_a_video_error(
+    evaluation: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(16000))
+    with pytest.raises(VideoError):
+        blind.blinded(sound.getvalue())
+    monkeypatch.setattr(blind, "take_blobs", lambda *_, **__: [None])
+    there = next(iter(blind.stored(evaluation)))
+    with pytest.raises(DatasetError, match=f"has no video {there} any more"):
+        blind.fetch(evaluation, [there])
 
 
 def test_what_is_wrong_with_the_data_is_not_told_to_voters(

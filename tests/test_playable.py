@@ -7,15 +7,18 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
 import pytest
 from conftest import Bucket
-from shown_clips import FRAMES, add_cut, clip_row, commit, film, source_row
+from shown_clips import FPS, FRAMES, add_cut, clip_row, commit, film, source_row
 
 from cluster.dashboard import playable
 from cluster.dashboard.playable import Playable, Unplayable
+from engine import cutter, roots
+from engine.cut import Span
 
 PLENTY = 10**9
 
@@ -59,7 +62,7 @@ def test_a_whole_file_that_browsers_know_is_played_as_it_is(
     root, clip = of(path)
     offered = playable.offer(root, clip["clip_id"])
     assert offered.plays and offered.whole
-    played = playable.play(root, offered, str(tmp_path / "cache"), PLENTY)
+    played = playable.play(offered, str(tmp_path / "cache"), PLENTY)
     assert played.data == path.read_bytes() and played.mime == "video/mp4"
     assert not (tmp_path / "cache").exists()
 
@@ -73,7 +76,7 @@ def test_a_span_has_exactly_its_frames(
     root, clip = of(film(tmp_path / "film.mp4"), first, num)
     offered = playable.offer(root, clip["clip_id"])
     assert offered.plays and not offered.whole
-    played = playable.play(root, offered, str(tmp_path / "cache"), PLENTY)
+    played = playable.play(offered, str(tmp_path / "cache"), PLENTY)
     assert played.how.startswith(how)
     shown, facts = frames(played, tmp_path)
     assert_shows(shown, first, num)
@@ -96,13 +99,13 @@ def test_what_browsers_do_not_know_becomes_h264_once_and_on_request(
     cache = str(tmp_path / "cache")
     offered = playable.offer(root, clip["clip_id"])
     assert not playable.is_ready(offered, cache)
-    played = playable.play(root, offered, cache, PLENTY)
+    played = playable.play(offered, cache, PLENTY)
     shown, facts = frames(played, tmp_path)
     assert_shows(shown, 24, 24)
     assert facts == ("h264", "yuv420p")
     assert played.data.index(b"moov") < played.data.index(b"mdat")  # plays before it is all there
     assert playable.is_ready(offered, cache)
-    assert playable.play(root, offered, cache, PLENTY).how == "made before"
+    assert playable.play(offered, cache, PLENTY).how == "made before"
 
 
 def test_the_cache_keeps_to_its_limit_and_forgets_what_was_played_longest_ago(
@@ -112,19 +115,19 @@ def test_the_cache_keeps_to_its_limit_and_forgets_what_was_played_longest_ago(
     offers = []
     for first in (5, 30, 55):
         root, clip = of(path, first, 20)
-        offers.append((root, playable.offer(root, clip["clip_id"])))
-    sizes = [len(playable.play(*one, str(tmp_path / "elsewhere"), PLENTY).data) for one in offers]
+        offers.append(playable.offer(root, clip["clip_id"]))
+    sizes = [len(playable.play(one, str(tmp_path / "elsewhere"), PLENTY).data) for one in offers]
     for one in (*offers[:2], offers[0]):  # now the second is the older one
-        playable.play(*one, str(cache), PLENTY)
+        playable.play(one, str(cache), PLENTY)
     (cache / "notes.txt").write_text("somebody else's")
     limit = sizes[0] + sizes[2]
-    playable.play(*offers[2], str(cache), limit)
-    there = [playable.is_ready(replaced(o), str(cache)) for _, o in offers]
+    playable.play(offers[2], str(cache), limit)
+    there = [playable.is_ready(replaced(o), str(cache)) for o in offers]
     assert there == [True, False, True]
     assert sum(p.stat().st_size for p in cache.glob("*.mp4")) == limit
     assert {p.name for p in cache.iterdir() if p.suffix != ".mp4"} == {"notes.txt"}
     with pytest.raises(Unplayable, match=r"the cache may hold 0\.0 MB: .*--cache-gb"):
-        playable.play(*offers[1], str(cache), 100)
+        playable.play(offers[1], str(cache), 100)
 
 
 def replaced(offered: playable.Offer) -> playable.Offer:
@@ -141,9 +144,7 @@ def test_many_who_ask_for_one_clip_get_the_same_file(
     monkeypatch.setattr(playable, "_made", lambda *a: made.append(1) or original(*a))
     got: list[bytes] = []
     threads = [
-        threading.Thread(
-            target=lambda: got.append(playable.play(root, offered, str(cache), PLENTY).data)
-        )
+        threading.Thread(target=lambda: got.append(playable.play(offered, str(cache), PLENTY).data))
         for _ in range(4)
     ]
     for thread in threads:
@@ -165,7 +166,7 @@ def test_a_clip_that_was_cut_is_played_from_its_cut(tmp_path: Path, where: str) 
     add_cut(writer, clip, cut, path="cuts/one.mp4" if where == "file" else None)
     offered = playable.offer(root, clip["clip_id"])
     assert offered.plays
-    played = playable.play(root, offered, str(tmp_path / "cache"), PLENTY)
+    played = playable.play(offered, str(tmp_path / "cache"), PLENTY)
     assert played.data == cut.read_bytes()
     if where == "file":  # a cut that is gone: its source is still there
         cut.unlink()
@@ -189,8 +190,41 @@ def test_why_a_clip_cannot_be_played_is_one_line(of: Callable[..., Any], tmp_pat
     offered = playable.offer(root, clip["clip_id"])
     text.write_text("these are notes")
     with pytest.raises(Unplayable, match="not a video: a text file"):
-        playable.play(root, offered, str(tmp_path / "cache"), PLENTY)
+        playable.play(offered, str(tmp_path / "cache"), PLENTY)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_is_named_with_quotes_is_found(tmp_path: Path) -> None:
+    source = source_row(film(tmp_path / "film.mp4")) | {"source_id": "it's"}
+    clip, root = clip_row(source) | {"clip_id": "one's"}, str(tmp_path / "set")
+    writer = commit(root, [source], [clip])
+    add_cut(writer, clip, tmp_path / "film.mp4", path=None)
+    assert playable.offer(root, "one's").read is not None
+
+
+def test_what_is_wrong_with_the_cache_is_one_line(of: Callable[..., Any], tmp_path: Path) -> None:
+    root, clip = of(film(tmp_path / "film.mp4"), 24, 24)
+    offered = playable.offer(root, clip["clip_id"])
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(Unplayable, match=r"File exists.*cache"):
+        playable.play(offered, str(tmp_path / "cache"), PLENTY)
+
+
+def test_what_a_table_holds_is_made_playable_whatever_roots_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = film(tmp_path / "film.mp4", "mpeg4"), str(tmp_path / "cache")
+    data = path.read_bytes()
+    monkeypatch.setattr(playable, "_sandbox", lambda: SimpleNamespace(call=cutter.cut_files))
+    monkeypatch.setenv(roots.VARIABLE, str(tmp_path / "data"))
+    length_s = FRAMES / FPS
+    span = Span(clip_id="a", start_s=0.0, end_s=length_s, start_frame=0, num_frames=FRAMES)
+    facts: dict[str, Any] = {"span": span, "codec": "mpeg4", "plays": False, "whole": True}
+    stored = playable.Offer(uri="the table", read=lambda _: data, key="0" * 64, **facts)
+    shown, _ = frames(playable.play(stored, cache, PLENTY), tmp_path)
+    assert_shows(shown, 0, FRAMES)
+    with pytest.raises(Unplayable, match="outside REELWRIGHT_ALLOWED_ROOTS"):
+        playable.play(playable.Offer(uri=str(path), key="1" * 64, **facts), cache, PLENTY)
 
 
 @pytest.mark.parametrize(
@@ -219,12 +253,13 @@ def test_a_file_that_is_no_video_is_not_served_as_it_is(tmp_path: Path) -> None:
     source = source_row(path)
     clip, root = clip_row(source), str(tmp_path / "set")
     writer = commit(root, [source], [clip])
-    secret = tmp_path / "secret.mp4"
+    secret = Path(root, "cuts", "secret.mp4")
+    secret.parent.mkdir()
     secret.write_text("password: hunter2")
-    add_cut(writer, clip, secret, path=str(secret))
+    add_cut(writer, clip, secret, path="cuts/secret.mp4")
     offered = playable.offer(root, clip["clip_id"])
     with pytest.raises(Unplayable, match="not a video"):
-        playable.play(root, offered, str(tmp_path / "cache"), PLENTY)
+        playable.play(offered, str(tmp_path / "cache"), PLENTY)
 
 
 def test_a_source_in_an_object_store_is_fetched(
@@ -238,5 +273,5 @@ def test_a_source_in_an_object_store_is_fetched(
     clip, root = clip_row(source, 24, 24), str(tmp_path / "set")
     commit(root, [source], [clip])
     offered = playable.offer(root, clip["clip_id"])
-    shown, _ = frames(playable.play(root, offered, str(tmp_path / "cache"), PLENTY), tmp_path)
+    shown, _ = frames(playable.play(offered, str(tmp_path / "cache"), PLENTY), tmp_path)
     assert_shows(shown, 24, 24)

@@ -8,10 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import duckdb
 import pyarrow as pa
 import streamlit as st
 
 from cluster.dashboard import (
+    lance_sql,
+    look,
     page_clips,
     page_evaluation,
     page_funnel,
@@ -41,9 +44,13 @@ def _guarded(show: Callable[[Places], None], places: Places) -> Callable[[], Non
 
     def page() -> None:
         try:
-            show(places)
-        except (DatasetError, OSError, pa.ArrowException) as error:
-            st.error(str(error).splitlines()[0], icon=":material/error:")
+            with lance_sql.snapshot():
+                show(places)
+        except (DatasetError, OSError, pa.ArrowException, duckdb.Error) as error:
+            if places.only_vote:  # nor are voters told what they vote on
+                page_vote.closed(places, error)
+                return
+            st.error(look.verbatim(str(error).splitlines()[0]), icon=":material/error:")
             st.caption("Nothing was changed. Reload the page when it is mended.")
 
     return page
@@ -78,4 +85,5 @@ def main() -> None:
     chosen.run()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import streamlit as st
 
-from cluster.dashboard import clips, look, markup
+from cluster.dashboard import keyframes, look, markup
 
 _CSS = """
 <style>
@@ -66,12 +66,14 @@ def grid(
         columns: Cards in a row.
         key: Tells grids on one page apart.
     """
-    pictures = clips.thumbnails(root, [row["clip_id"] for row in rows])
+    ids = [row["clip_id"] for row in rows]
+    pictures = keyframes.found(root, ids, keyframes.CARD_PX, most=1)
     for start in range(0, len(rows), columns):
         places = st.columns(columns, gap="small")
         for place, row in zip(places, rows[start : start + columns], strict=False):
             clip_id = row["clip_id"]
-            card = _card(row, pictures.get(clip_id, b""), beside(row))
+            ((_, jpeg),) = pictures.get(clip_id) or [(None, b"")]
+            card = _card(row, jpeg, beside(row))
             with place:
                 if open_clip is None:
                     link = f'<a class="rw-link" target="_blank" href="clips?clip={quote(clip_id)}">'
@@ -80,7 +82,7 @@ def grid(
                 with st.container(key=f"card-{key}{clip_id}", gap=None):
                     st.html(card)
                     st.button(
-                        f"Open {name_of(row)}",
+                        f"Open {look.verbatim(name_of(row))}",
                         key=f"open-{key}{clip_id}",
                         on_click=open_clip,
                         args=(clip_id,),

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import lance
 import pyarrow as pa
 import streamlit as st
 from lance.dataset import ColumnOrdering
-from PIL import Image
 
 from cluster.dashboard import lance_sql
-from cluster.dashboard.thresholds import SIGNS
-from engine.blobs import take_blobs
+from cluster.dashboard.bounds import SIGNS
+from cluster.dashboard.lance_sql import quoted
 from engine.operator import Rule, Stage
 from engine.schema import TABLES
-from engine.tables import read
 
 CARD = (
     "clip_id", "source_uri", "media", "start_s", "end_s", "duration_s", "width_px", "height_px",
     "state", "stage", "reason", "rule_column", "rule_value", "rule_bound", "duplicate_of",
 )  # fmt: skip
 """Columns that a clip is shown by in a grid."""
-THUMBNAIL_PX = 320
 _LONG = 12
 """Numbers of a list that are shown."""
 
@@ -54,20 +51,22 @@ def meaning(table: str, column: str) -> tuple[str, str]:
 
 
 def signals(root: str) -> list[Signal]:
-    """Numeric columns that a dataset has, in the schema's order; hashes are none."""
-    schema = lance_sql.newest(root, "clips").schema
+    """Numeric columns of our schema that a dataset has, in its order; hashes are none."""
     return [
         Signal(f.name, *meaning("clips", f.name), is_integer=pa.types.is_integer(f.type))
-        for f in schema
+        for f in lance_sql.newest(root, "clips").schema
+        if f.name in TABLES["clips"].names  # others may be of any name
         if pa.types.is_floating(f.type) or pa.types.is_signed_integer(f.type)
     ]
 
 
 def extent(root: str, signal: str) -> tuple[float, float] | None:
     """Least and greatest value of a signal; None where it was never measured."""
-    found = lance_sql.streamed(
-        root, "clips", (signal,), f"SELECT min({signal}) AS low, max({signal}) AS high FROM rows"
-    ).to_pylist()[0]
+    if signal not in lance_sql.newest(root, "clips").schema.names:
+        return None
+    name = lance_sql.identifier(signal)
+    query = f"SELECT min({name}) AS low, max({name}) AS high FROM rows"
+    found = lance_sql.streamed(root, "clips", (signal,), query).to_pylist()[0]
     return None if found["low"] is None else (float(found["low"]), float(found["high"]))
 
 
@@ -91,7 +90,7 @@ class Choice:
     def where(self, there: Collection[str]) -> str | None:
         """As Lance's predicate over the columns that are there."""
         parts = [
-            f"{name} IN ({', '.join(map(_quoted, values))})"
+            f"{name} IN ({', '.join(map(quoted, values))})"
             for name, values in (
                 ("state", self.states), ("stage", self.stages), ("reason", self.reasons),
             )
@@ -101,33 +100,31 @@ class Choice:
         captions = [c for c in ("caption", "caption_original") if c in there]
         for sought, columns in ((self.words, captions), (self.source, ["source_uri"])):
             if sought.strip():
-                word = _quoted(sought.strip().lower())
+                word = quoted(sought.strip().lower())
                 found = [f"contains(lower({column}), {word})" for column in columns]
                 parts.append(f"({' OR '.join(found)})" if found else "false")
         return " AND ".join(parts) or None
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def num(root: str, choice: Choice) -> int:
+    """How many clips pass."""
+    return _num(lance_sql.newest(root, "clips"), choice)
 
 
-def found(root: str, choice: Choice, offset: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
-    """How many clips pass, and some of them in the order that is asked for."""
-    version = lance_sql.newest(root, "clips").version
-    return _num(root, version, choice), _found(root, version, choice, offset, limit)
-
-
-@st.cache_data(max_entries=256, show_spinner=False)
-def _num(root: str, version: int, choice: Choice) -> int:
-    table = read(root, "clips", version=version)
+@st.cache_data(max_entries=256, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
+def _num(table: lance.LanceDataset, choice: Choice) -> int:
     return table.count_rows(choice.where(table.schema.names))
 
 
-@st.cache_data(max_entries=256, show_spinner=False)
+def found(root: str, choice: Choice, offset: int, limit: int) -> list[dict[str, Any]]:
+    """Some of the clips that pass, in the order that is asked for."""
+    return _found(lance_sql.newest(root, "clips"), choice, offset, limit)
+
+
+@st.cache_data(max_entries=256, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
 def _found(
-    root: str, version: int, choice: Choice, offset: int, limit: int
+    table: lance.LanceDataset, choice: Choice, offset: int, limit: int
 ) -> list[dict[str, Any]]:
-    table = read(root, "clips", version=version)
     more = [choice.sort] if choice.sort else []
     more += [name for name, *_ in choice.ranges]
     order = None
@@ -138,7 +135,7 @@ def _found(
 
 
 def _rows(
-    table: Any,
+    table: lance.LanceDataset,
     names: Sequence[str],
     where: str | None,
     order: list[ColumnOrdering] | None,
@@ -175,7 +172,7 @@ def nearest(
     """
     table = lance_sql.newest(root, "clips")
     rises = which != "hi"  # kept values lie above the bound
-    crossed = _quoted(f"{column}{SIGNS[which]}{bound:g}")
+    crossed = quoted(f"{column}{SIGNS[which]}{bound:g}")
 
     def ordered(name: str, *, ascending: bool) -> list[ColumnOrdering]:
         return [ColumnOrdering(name, ascending=ascending), ColumnOrdering("clip_id")]
@@ -260,7 +257,7 @@ def record(root: str, table: str, key: str, value: str) -> list[dict[str, Any]]:
         return []
     opened = lance_sql.newest(root, table)
     names = [f.name for f in opened.schema if f.name not in ("jpeg", "mp4")]
-    return opened.to_table(columns=names, filter=f"{key} = {_quoted(value)}").to_pylist()
+    return opened.to_table(columns=names, filter=f"{key} = {quoted(value)}").to_pylist()
 
 
 def plain(value: Any) -> str:
@@ -277,64 +274,3 @@ def plain(value: Any) -> str:
         some = ", ".join(plain(v) for v in value[:_LONG])
         return f"{some} … ({len(value)} numbers)" if len(value) > _LONG else some
     return str(value)
-
-
-# Pictures
-
-
-def thumbnails(root: str, clip_ids: Sequence[str]) -> dict[str, bytes]:
-    """The keyframe in the middle of each clip that has any, small, as JPEG."""
-    if not clip_ids or not lance_sql.has_rows(root, "keyframes"):
-        return {}
-    version = lance_sql.newest(root, "keyframes").version
-    return _thumbnails(root, version, tuple(clip_ids))
-
-
-@st.cache_data(max_entries=64, show_spinner=False)
-def _thumbnails(root: str, version: int, clip_ids: tuple[str, ...]) -> dict[str, bytes]:
-    table = read(root, "keyframes", version=version)
-    rows = table.scanner(
-        columns=["clip_id", "time_s"],
-        filter=f"clip_id IN ({', '.join(map(_quoted, clip_ids))})",
-        with_row_id=True,
-    ).to_table()
-    of: dict[str, list[int]] = {}
-    for row in rows.sort_by("time_s").to_pylist():
-        of.setdefault(row["clip_id"], []).append(row["_rowid"])
-    middles = {clip_id: ids[len(ids) // 2] for clip_id, ids in of.items()}
-    blobs = take_blobs(table, "jpeg", ids=list(middles.values())) if middles else []
-    return {i: _small(b.read()) for i, b in zip(middles, blobs, strict=True) if b is not None}
-
-
-def _small(jpeg: bytes) -> bytes:
-    try:
-        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as picture:
-            if picture.width <= THUMBNAIL_PX:
-                return jpeg
-            picture.draft("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))
-            picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-            out = io.BytesIO()
-            picture.save(out, "JPEG", quality=82)
-            return out.getvalue()
-    except OSError:
-        return b""  # a damaged picture is shown as none
-
-
-@st.cache_data(max_entries=32, show_spinner=False)
-def _keyframes(root: str, version: int, clip_id: str) -> list[tuple[float | None, bytes]]:
-    table = read(root, "keyframes", version=version)
-    where = f"clip_id = {_quoted(clip_id)}"
-    rows = table.scanner(columns=["time_s"], filter=where, with_row_id=True).to_table()
-    rows = rows.sort_by("time_s")
-    if not rows.num_rows:
-        return []
-    blobs = take_blobs(table, "jpeg", ids=rows["_rowid"].to_pylist())
-    times = rows["time_s"].to_pylist()
-    return [(at, b.read()) for at, b in zip(times, blobs, strict=True) if b is not None]
-
-
-def keyframes(root: str, clip_id: str) -> list[tuple[float | None, bytes]]:
-    """A clip's keyframes in order: time in the source, in s, and JPEG as stored."""
-    if not lance_sql.has_rows(root, "keyframes"):
-        return []
-    return _keyframes(root, lance_sql.newest(root, "keyframes").version, clip_id)

@@ -7,12 +7,13 @@ import functools
 import hashlib
 import json
 import math
-import tempfile
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import lance
 import numpy as np
 import streamlit as st
 
@@ -35,6 +36,9 @@ from evals.tables import Table, table
 
 TINY = "its numbers are of small random weights or small random models, and say nothing"
 _RANKED = "rise_figure4"
+# What an MP4 says of its codec: H.264 in Baseline, Main or High, VP9's profile 0 and AV1's Main are
+# 4:2:0 in 8 bits (AV1: or 10). No decoder runs in this process; what lies does not play, no more.
+_PLAYS = re.compile(rb"avcC\x01[BMd]|vpcC\x01\0{4}|av1C\x81[\0-\x1f]")
 
 
 class Run(NamedTuple):
@@ -54,11 +58,12 @@ def runs(root: str) -> list[Run]:
     """Evaluations of a dataset, the newest first."""
     if not lance_sql.has_rows(root, "runs"):
         return []
-    return _runs(root, lance_sql.newest(root, "runs").version)
+    return _runs(lance_sql.newest(root, "runs"), root)
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _runs(root: str, version: int) -> list[Run]:
+# Tables that are given and not read tell the cache what is old: `evals` opens them by itself.
+@st.cache_resource(max_entries=4, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
+def _runs(table: lance.LanceDataset, root: str) -> list[Run]:
     found = []
     for row in runs_of(root):
         plan = _plan(root, row)
@@ -260,31 +265,32 @@ class Evaluation:
 
 def evaluation(root: str, recipe: str, run_id: str | None) -> Evaluation:
     """The newest scores of a recipe's suite, or those that one run was asked for."""
-    versions = tuple(
-        lance_sql.newest(root, name).version for name in ("runs", "generations", "scores")
-    )
-    return _evaluation(root, versions, recipe, run_id)
+    tables = tuple(lance_sql.newest(root, name) for name in ("runs", "generations", "scores"))
+    return _evaluation(tables, root, recipe, run_id)
 
 
-@st.cache_resource(max_entries=8, show_spinner="Reading scores …")
+@st.cache_resource(max_entries=2, show_spinner="Reading scores …", hash_funcs=lance_sql.BY_STAMP)
 def _evaluation(
-    root: str, versions: tuple[int, ...], recipe: str, run_id: str | None
+    tables: tuple[lance.LanceDataset, ...], root: str, recipe: str, run_id: str | None
 ) -> Evaluation:
     if run_id is None:
         return Evaluation(root=root, results=Results.read(root, recipe=recipe))
-    plan = next(_plan(root, row) for row in runs_of(root, recipe) if row["run_id"] == run_id)
+    rows = [row for row in runs_of(root, recipe) if row["run_id"] == run_id]
+    if not rows:
+        raise DatasetError(f"{root} has no run {run_id} any more")
+    plan = _plan(root, rows[0])
     asked = {model["name"]: plan for model in plan.models}
     return Evaluation(root=root, results=Results.of(root, plan, asked))
 
 
 def nights(root: str, recipe: str) -> tuple[list[trend.TrendPoint], list[trend.Night]]:
     """Scores of a recipe's nights, the oldest first, and the nights, the newest first."""
-    return _nights(root, lance_sql.newest(root, "runs").version, recipe)
+    return _nights(lance_sql.newest(root, "runs"), root, recipe)
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
+@st.cache_resource(max_entries=4, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
 def _nights(
-    root: str, version: int, recipe: str
+    table: lance.LanceDataset, root: str, recipe: str
 ) -> tuple[list[trend.TrendPoint], list[trend.Night]]:
     points = [point for point in trend.trend(root, recipe=recipe) if point.value is not None]
     return points, trend.nights_of(root, recipe)
@@ -326,49 +332,39 @@ def why_not(value: Value | None) -> str:
     return "left out: no object was found" if value.error == NO_OBJECT else str(value.error or "")
 
 
-@st.cache_data(max_entries=24, show_spinner=False)
-def _stored(root: str, generation_id: str, sha256: str | None) -> bytes:
-    table = lance_sql.newest(root, "generations")
-    quoted = generation_id.replace("'", "''")
+@st.cache_resource(max_entries=24, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
+def _offered(table: lance.LanceDataset, root: str, generation_id: str) -> playable.Offer:
     rows = table.to_table(
-        columns=["generation_id"],
-        filter=f"generation_id = '{quoted}' AND error_type IS NULL",
+        columns=["num_frames", "duration_s"],
+        filter=f"generation_id = {lance_sql.quoted(generation_id)} AND error_type IS NULL",
         with_row_id=True,
-    )
-    if not rows.num_rows:
+    ).to_pylist()
+    (blob,) = take_blobs(table, "mp4", ids=[rows[0]["_rowid"]]) if rows else [None]
+    if blob is None:
         raise DatasetError(f"{root} has no video {generation_id} (any more)")
-    (blob,) = take_blobs(table, "mp4", ids=[rows["_rowid"][0].as_py()])
-    return blob.read()
+    data = blob.read()
+    span = Span(clip_id="video", start_s=0.0, end_s=rows[0]["duration_s"], start_frame=0,
+                num_frames=rows[0]["num_frames"])  # fmt: skip
+    return playable.Offer(
+        uri=table.uri,
+        read=lambda _: data,
+        span=span,
+        codec="another codec",
+        plays=_PLAYS.search(data) is not None,
+        whole=True,
+        key=playable.key_of("generation", hashlib.sha256(data).hexdigest()),
+    )
 
 
-def video_bytes(
-    root: str, generation_id: str, sha256: str | None, *, cache: str, cache_bytes: int
-) -> bytes:
+def video_bytes(root: str, generation_id: str, *, cache: str, cache_bytes: int) -> bytes:
     """A stored video that a browser plays; one in MPEG-4 Visual, as VBench reads it, is made H.264.
 
     Raises:
         DatasetError: It is not there.
         Unplayable: It cannot be made H.264.
     """
-    data = _stored(root, generation_id, sha256)
-    if any(name in data for name in (b"avc1", b"avc3")):
-        return data
-    content = hashlib.sha256(data).hexdigest()
-    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-        file.write(data)
-        file.flush()
-        quoted = generation_id.replace("'", "''")
-        row = lance_sql.newest(root, "generations").to_table(
-            columns=["num_frames", "duration_s"], filter=f"generation_id = '{quoted}'"
-        )
-        num_frames, duration_s = (row[name][0].as_py() for name in row.column_names)
-        span = Span(clip_id=generation_id, start_s=0.0, end_s=duration_s, start_frame=0,
-                    num_frames=num_frames)  # fmt: skip
-        offered = playable.Offer(
-            uri=file.name, blob=None, span=span, codec="mpeg4", plays=False, whole=True,
-            key=hashlib.sha256(f"generation {content}".encode()).hexdigest(),
-        )  # fmt: skip
-        return playable.play(root, offered, cache, cache_bytes).data
+    offered = _offered(lance_sql.newest(root, "generations"), root, generation_id)
+    return playable.play(offered, cache, cache_bytes).data
 
 
 def curve_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
@@ -382,3 +378,14 @@ def curve_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
                 line = middle_s + one.slope_per_s * (time_s - middle_t)
             rows.append({"model": short(one.model), "time_s": time_s, "score": score, "line": line})
     return rows
+
+
+def cell_row(cell: Cell, multiplier: float = 1) -> dict[str, Any]:
+    """A score of a model, as charts take it."""
+    value, error = cell.value or 0.0, cell.stderr
+    return {
+        "model": short(cell.model),
+        "value": multiplier * value,
+        "stderr": None if error is None else multiplier * error,
+        "n": cell.num_videos,
+    }

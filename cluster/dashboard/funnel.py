@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from cluster.dashboard import lance_sql
+from cluster.dashboard.runs import Run, runs
 from engine.accounts import CLIP_STATES, SOURCE_STATES
 from engine.operator import Stage
 from engine.tables import identity
@@ -47,19 +46,6 @@ class Step:
     """Clips that are left behind it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What one run left behind."""
-
-    run_id: str
-    started_at: datetime
-    seconds: float | None
-    interrupted: bool
-    sources: Mapping[str, int]
-    clips: Mapping[str, int]
-    reasons: Mapping[str, int]
-
-
 def recipe_of(root: str) -> Recipe | None:
     """The recipe that a dataset was curated with; None where it was not, or none that is known."""
     name = identity(root)["recipe"]
@@ -79,15 +65,30 @@ def tallies(root: str) -> list[Tally]:
     return [Tally(**row) for row in found.to_pylist()]
 
 
+def totals(counted: Iterable[Tally], by: str) -> dict[str, int]:
+    """Clips by `state`, `stage` or `reason`: states in their order, others by number."""
+    found: dict[str, int] = {}
+    for tally in counted:
+        if value := getattr(tally, by):
+            found[value] = found.get(value, 0) + tally.num
+
+    def place(item: tuple[str, int]) -> tuple[int, int, str]:
+        word, num = item
+        order = CLIP_STATES.index(word) if word in CLIP_STATES else len(CLIP_STATES)
+        return order, -num, word
+
+    return dict(sorted(found.items(), key=place))
+
+
 def tallies_of(run: Run) -> list[Tally]:
     """The same, of a run that is past: without hours, which it did not record."""
     lost = [
         Tally(state="rejected", stage=None, reason=reason, num=num, video_s=None)
-        for reason, num in run.reasons.items()
+        for reason, num in (run.counts.get("reasons") or {}).items()
     ]
     rest = [
         Tally(state=state, stage=None, reason=None, num=num, video_s=None)
-        for state, num in run.clips.items()
+        for state, num in run.counts["clips"].items()
         if state in CLIP_STATES and state != "rejected" and num
     ]
     return [*lost, *rest]
@@ -179,25 +180,6 @@ def failures(root: str, num: int = 12) -> list[dict[str, Any]]:
     return sorted(found, key=lambda f: -f["num"])[:num]
 
 
-def runs(root: str) -> list[Run]:
-    """Runs that curated, oldest first."""
-    if not lance_sql.has_rows(root, "runs"):
-        return []
-    names = ("run_id", "started_at", "seconds", "interrupted", "counts")
-    found = []
-    for row in lance_sql.columns(root, "runs", names).to_pylist():
-        counts = json.loads(row["counts"] or "{}")
-        if not isinstance(counts, dict) or not isinstance(counts.get("clips"), dict):
-            continue  # of an evaluation
-        found.append(
-            Run(
-                run_id=row["run_id"],
-                started_at=row["started_at"],
-                seconds=row["seconds"],
-                interrupted=bool(row["interrupted"]),
-                sources=counts.get("sources") or {},
-                clips=counts["clips"],
-                reasons=counts.get("reasons") or {},
-            )
-        )
-    return sorted(found, key=lambda run: run.started_at)
+def curations(root: str) -> list[Run]:
+    """Runs that curated and recorded their counts, oldest first."""
+    return [run for run in reversed(runs([root])) if isinstance(run.counts.get("clips"), dict)]

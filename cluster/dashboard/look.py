@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import altair as alt
 import streamlit as st
 
@@ -53,6 +55,11 @@ def begin(title: str, about: str) -> None:
 def empty(what: str, do: str) -> None:
     """In place of a page that has nothing to show: what is not there, and what makes it."""
     st.info(f"**{what}**\n\n{do}", icon=":material/inbox:")
+
+
+def verbatim(text: object) -> str:
+    """Anything as text on one line that Markdown takes as such; not for within backticks."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(str(text).split()))
 
 
 def count(number: int | None) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import streamlit as st
 
-from cluster.dashboard import cards, clips, funnel, lance_sql, look, markup, playable, thresholds
+from cluster.dashboard import cards, clips, funnel, keyframes, lance_sql, look, markup, playable
+from cluster.dashboard.bounds import SIGNS, published_bounds
 from cluster.dashboard.clips import Choice, Signal
 from cluster.dashboard.places import Places
 
@@ -63,7 +64,7 @@ def _close() -> None:
 
 def _all(root: str) -> None:
     choice = _choice(root)
-    total, _ = clips.found(root, choice, 0, 1)
+    total = clips.num(root, choice)
     left, right = st.columns([3, 2], vertical_alignment="center")
     left.markdown(f"**{look.count(total)}** clips" + (" pass" if choice.where(()) else ""))
     if not total:
@@ -74,7 +75,7 @@ def _all(root: str) -> None:
     if num_pages > 1:
         with right:
             page = st.pagination(num_pages, key=f"page-{hash(choice)}", **_KEPT)
-    _, rows = clips.found(root, choice, (page - 1) * PER_PAGE, PER_PAGE)
+    rows = clips.found(root, choice, (page - 1) * PER_PAGE, PER_PAGE)
     cards.grid(root, rows, open_clip=_open, beside=lambda row: _beside(row, choice))
     if total > _MOST_PAGES * PER_PAGE:
         st.caption(
@@ -103,12 +104,14 @@ def _choice(root: str) -> Choice:
     source = second.text_input("Path of the source", key="clips_source", **_KEPT)
     with third:
         sort, descending = _order(signals)
-    states, stages, reasons = (_counted(tallies, name) for name in ("state", "stage", "reason"))
+    states, stages, reasons = (
+        funnel.totals(tallies, name) for name in ("state", "stage", "reason")
+    )
     left, middle, right = st.columns([2, 2, 2])
     with left:
         chosen_states = st.pills(
             "State", list(states), selection_mode="multi", key="clips_state",
-            format_func=lambda s: f"{s} {look.count(states[s])}", **_KEPT,
+            format_func=lambda s: f"{look.verbatim(s)} {look.count(states[s])}", **_KEPT,
         )  # fmt: skip
     chosen_stages = middle.multiselect(
         "Stage that decided", list(stages), key="clips_stage", placeholder="any",
@@ -128,21 +131,6 @@ def _choice(root: str) -> Choice:
         sort=sort,
         descending=descending,
     )
-
-
-def _counted(tallies: Sequence[funnel.Tally], name: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for tally in tallies:
-        value = getattr(tally, name)
-        if value:
-            counts[value] = counts.get(value, 0) + tally.num
-    order = list(look.STATES)
-
-    def place(item: tuple[str, int]) -> tuple[int, int, str]:
-        word, num = item
-        return (order.index(word) if word in order else len(order), -num, word)
-
-    return dict(sorted(counts.items(), key=place))
 
 
 def _order(signals: Sequence[Signal]) -> tuple[str, bool]:
@@ -206,13 +194,13 @@ def _range(root: str, signal: Signal) -> tuple[str, float, float] | None:
 
 def _near(root: str) -> None:
     recipe = funnel.recipe_of(root)
-    bounds = thresholds.published_bounds(root, recipe.stages) if recipe else {}
+    bounds = published_bounds(root, recipe.stages) if recipe else {}
     there = set(lance_sql.newest(root, "clips").schema.names)
     bounds = {key: bound for key, bound in bounds.items() if key[0] in there}
     if not bounds:
         look.empty("This dataset's recipe has no thresholds.", "`recipe` tells which it was.")
         return
-    named = {f"{c}{thresholds.SIGNS[w]}{b:g}": (c, w, b) for (c, w), b in bounds.items()}
+    named = {f"{c}{SIGNS[w]}{b:g}": (c, w, b) for (c, w), b in bounds.items()}
     label = st.selectbox("A clip is out when", list(named), key="clips_near", **_KEPT)
     column, which, bound = named[label]
     about, unit = clips.meaning("clips", column)
@@ -238,7 +226,8 @@ def _clip(places: Places, clip_id: str) -> None:
     st.button("All clips", icon=":material/arrow_back:", on_click=_close)
     rows = clips.record(root, "clips", "clip_id", clip_id)
     if not rows:
-        st.warning(f"No clip has the id `{clip_id[:64]}`.", icon=":material/search_off:")
+        sought = look.verbatim(clip_id[:64])
+        st.warning(f"No clip has the id {sought}.", icon=":material/search_off:")
         return
     clip = dict.fromkeys(n for n in (*clips.CARD, "error")) | rows[0]
     markup.show(_headline(clip))
@@ -282,7 +271,7 @@ def _player(places: Places, clip: Mapping[str, Any]) -> None:
     try:
         played = _played(places, root, clip_id)
     except playable.Unplayable as error:
-        st.warning(f"It cannot be played: {error}. Its keyframes are stored.",
+        st.warning(f"It cannot be played: {look.verbatim(error)}. Its keyframes are stored.",
                    icon=":material/videocam_off:")  # fmt: skip
         return
     if played is not None:
@@ -297,25 +286,31 @@ def _played(places: Places, root: str, clip_id: str) -> playable.Playable | None
     if held and held[0] == offered.key:
         return held[1]
     if not playable.is_ready(offered, places.cache):
+        codec = look.verbatim(offered.codec or "unknown codec")
         st.caption(
-            f"Browsers do not play this clip as it is ({offered.codec or 'unknown codec'})."
+            f"Browsers do not play this clip as it is ({codec})."
             " It can be made H.264, and is kept for the next time."
         )
         if not st.button("Make it playable", icon=":material/movie:", type="primary"):
             return None
     with st.spinner("Getting the clip out of its source …"):
-        played = playable.play(root, offered, places.cache, places.cache_bytes)
+        played = playable.play(offered, places.cache, places.cache_bytes)
     st.session_state["played"] = (offered.key, played)
     return played
 
 
 def _pictures(root: str, clip: Mapping[str, Any]) -> None:
-    frames = clips.keyframes(root, clip["clip_id"])
+    clip_id = clip["clip_id"]
+    frames = keyframes.found(root, [clip_id], keyframes.RECORD_PX).get(clip_id, [])
     if not frames:
         st.caption("No keyframe is stored of it: its container already decided.")
         return
+    if damaged := sum(not jpeg for _, jpeg in frames):
+        st.caption(f"Of its keyframes, {damaged} of {len(frames)} are damaged.")
+    frames = [(time_s, jpeg) for time_s, jpeg in frames if jpeg]
     if clip["media"] == "image":
-        st.image(frames[0][1], width="stretch")
+        for _, jpeg in frames[:1]:
+            st.image(jpeg, width="stretch")
         return
     st.subheader("Keyframes", anchor=False)
     for start in range(0, len(frames), 4):
@@ -336,7 +331,7 @@ def _verdict(root: str, clip: Mapping[str, Any]) -> None:
     recipe = funnel.recipe_of(root)
     if recipe is None:
         return
-    bounds = thresholds.published_bounds(root, recipe.stages)
+    bounds = published_bounds(root, recipe.stages)
     rows = []
     for check in clips.checks(clip, recipe.stages, bounds):
         unit = clips.meaning("clips", check.column)[1]

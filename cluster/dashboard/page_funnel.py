@@ -10,8 +10,9 @@ import pandas as pd
 import streamlit as st
 
 from cluster.dashboard import funnel, lance_sql, look, markup
-from cluster.dashboard.funnel import Run, Step
+from cluster.dashboard.funnel import Step
 from cluster.dashboard.places import Places
+from cluster.dashboard.runs import Run
 from engine.accounts import SOURCE_STATES
 from pipelines.cli import PAPER_CLIP_S
 
@@ -32,7 +33,7 @@ def show(places: Places) -> None:
             f"`python pipelines/curate.py --src FOLDER --dst {root}` reads a folder of videos.",
         )
         return
-    recipe, runs, now = funnel.recipe_of(root), funnel.runs(root), funnel.tallies(root)
+    recipe, runs, now = funnel.recipe_of(root), funnel.curations(root), funnel.tallies(root)
     sources = funnel.sources(root)
     run = _chosen(runs)
     counted = now if run is None else funnel.tallies_of(run)
@@ -76,13 +77,17 @@ def _chosen(runs: Sequence[Run]) -> Run | None:
     return named.get(label)
 
 
+def _counts(run: Run, of: str) -> dict[str, int]:
+    return run.counts.get(of) or {}
+
+
 def _figures(steps: Sequence[Step], sources: dict[str, Any] | None, run: Run | None) -> None:
     clips, kept = steps[0], steps[-1]
     of_sources: dict[str, int] = {}
     if sources is not None:
         of_sources = {state: one["num"] for state, one in sources.items()}
     elif run is not None:
-        of_sources = {s: run.sources.get(s, 0) for s in SOURCE_STATES}
+        of_sources = {s: _counts(run, "sources").get(s, 0) for s in SOURCE_STATES}
     mean_s = kept.video_s / kept.num if kept.num and kept.video_s is not None else None
     figures = (
         (
@@ -207,8 +212,8 @@ def _sources(sources: dict[str, Any], run: Run | None) -> None:
     total = sum(s["num"] for s in sources.values())
     rows = []
     for state, of in sources.items():
-        num = of["num"] if run is None else run.sources.get(state, 0)
-        whole = total if run is None else run.sources.get("total", 0)
+        num = of["num"] if run is None else _counts(run, "sources").get(state, 0)
+        whole = total if run is None else _counts(run, "sources").get("total", 0)
         facts = [look.hours(of["video_s"]), look.size(of["size_bytes"])] if run is None else []
         rows.append([markup.text(state), look.count(num), look.share(num, whole), *facts])
     facts = ["Video", "Files"] if run is None else []
@@ -263,6 +268,7 @@ def _over_runs(runs: Sequence[Run]) -> None:
     if not runs:
         return
     st.subheader("Over runs", anchor=False)
+    shown = list(enumerate(runs, 1))[-_RUNS_SHOWN:]
     rows = [
         {
             "run": f"{number}  {run.started_at:%m-%d %H:%M}",
@@ -270,20 +276,20 @@ def _over_runs(runs: Sequence[Run]) -> None:
             "started": f"{run.started_at:%Y-%m-%d %H:%M} UTC",
             "state": state,
             "order": place,
-            "clips": run.clips.get(state, 0),
+            "clips": _counts(run, "clips").get(state, 0),
             "took": look.seconds(run.seconds) + (", interrupted" if run.interrupted else ""),
         }
-        for number, run in list(enumerate(runs, 1))[-_RUNS_SHOWN:]
+        for number, run in shown
         for place, state in enumerate(look.STATES)
     ]
     data = pd.DataFrame(rows)
     there = [s for s in look.STATES if data.loc[data["state"] == s, "clips"].sum()]
     bars = (
         alt.Chart(data[data["state"].isin(there)])
-        .mark_bar(size=min(46, 900 // max(1, len(runs))), cornerRadius=2)
+        .mark_bar(size=min(46, 900 // len(shown)), cornerRadius=2)
         .encode(
             x=alt.X("run:N", sort=None, title="run, and when it started (UTC)",
-                    axis=alt.Axis(labelAngle=0 if len(runs) < 9 else -45)),
+                    axis=alt.Axis(labelAngle=0 if len(shown) < 9 else -45)),
             y=alt.Y("clips:Q", title="clips"),
             color=alt.Color("state:N", title=None, legend=alt.Legend(orient="top"),
                             scale=alt.Scale(domain=there, range=[look.STATES[s] for s in there])),

@@ -7,11 +7,12 @@ from typing import Any
 
 import streamlit as st
 
-from cluster.dashboard import lance_sql, look, markup, pairs
+from cluster.dashboard import keyframes, lance_sql, look, markup, pairs
 from cluster.dashboard.places import Places
 from engine import tables
 
 PER_PAGE = 8
+_PICTURES = 3
 _ALL = "all"
 _SCORES = (
     ("clip_score", "CLIP score"),
@@ -39,20 +40,21 @@ def show(places: Places) -> None:
     counted = pairs.counts(places.dataset).to_pylist()
     _summary(counted)
     which = _filter(counted)
-    total, _ = pairs.found(places.dataset, which, 0, 1)
+    total = pairs.num(places.dataset, which)
     if not total:
         st.info("No pair passes these filters.", icon=":material/filter_alt_off:")
         return
     page = _page(total)
-    _, rows = pairs.found(places.dataset, which, page * PER_PAGE, PER_PAGE)
+    rows = pairs.found(places.dataset, which, page * PER_PAGE, PER_PAGE)
     markup.show(
         '<div class="notes"><span class="kept">word for word</span> in both &nbsp;'
         ' <s>not in the rephrased text</s> &nbsp; <mark class="added">added by the captioner</mark>'
         "</div>"
     )
-    pictures = pairs.keyframes(places.dataset, [row["clip_id"] for row in rows], 3)
+    ids = [row["clip_id"] for row in rows]
+    pictures = keyframes.found(places.dataset, ids, keyframes.PAIR_PX, most=_PICTURES)
     for row in rows:
-        _card(row, pictures.get(row["clip_id"], []))
+        _card(row, [jpeg for _, jpeg in pictures.get(row["clip_id"], []) if jpeg])
 
 
 def _summary(counted: list[dict[str, Any]]) -> None:
@@ -66,7 +68,7 @@ def _summary(counted: list[dict[str, Any]]) -> None:
     reasons = [row for row in counted if row["reason"]]
     first = max(reasons, key=lambda row: row["num_pairs"], default=None)
     figures[3].metric(
-        "Most common reason", first["reason"] if first else "–",
+        "Most common reason", look.verbatim(first["reason"]) if first else "–",
         help=f"{look.count(first['num_pairs'])} pairs" if first else None,
     )  # fmt: skip
     by: dict[str, dict[str, int]] = {}

@@ -40,7 +40,7 @@ def show(places: Places) -> None:
         format_func=lambda one: "none" if one is None else one.label,
     )  # fmt: skip
     if run.is_tiny:
-        look.meaningless(f"recipe {run.recipe} has small random models")
+        look.meaningless(f"recipe {look.verbatim(run.recipe)} has small random models")
     _facts(run)
     _time(run)
     _failures(run)
@@ -86,10 +86,11 @@ def _facts(run: Run) -> None:
     figures[0].metric("Time", look.seconds(run.seconds))
     figures[1].metric("State", run.state)
     figures[2].metric("Frames decoded", look.count(run.frames_decoded))
-    figures[3].metric("Commit", (run.git_commit or "–")[:8], help=run.git_commit)
-    figures[4].metric("Run", run.run_id[:8], help=run.run_id)
+    commit = run.git_commit or "–"
+    figures[3].metric("Commit", commit[:8], help=look.verbatim(commit))
+    figures[4].metric("Run", run.run_id[:8], help=look.verbatim(run.run_id))
     asked = ", ".join(run.src) or "what was there"
-    st.caption(f"Of {asked} · {runs.summary(run)} · dataset {run.root}")
+    st.caption(look.verbatim(f"Of {asked} · {runs.summary(run)} · dataset {run.root}"))
 
 
 def _time(run: Run) -> None:
@@ -167,7 +168,7 @@ _COLOURS = {"final": "rejected", "may pass": "pending", "left out": "duplicate"}
 def _difference(before: Run, after: Run) -> None:
     """What changed from one to the other."""
     st.subheader("What changed", anchor=False)
-    st.caption(f"From {before.label} to {after.label}")
+    st.caption(look.verbatim(f"From {before.label} to {after.label}"))
     parts = [
         ("recipe", before.resolved, after.resolved),
         ("versions", before.versions, after.versions),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,9 @@ import pandas as pd
 import streamlit as st
 
 from cluster.dashboard import cards, clips, funnel, lance_sql, look, markup, thresholds
+from cluster.dashboard.bounds import SIGNS, Bounds, bounds_of, changes, scale, tidy
 from cluster.dashboard.places import Places
-from cluster.dashboard.thresholds import SIGNS, Bounds, Group, Judged, Outcome
+from cluster.dashboard.thresholds import Group, Judged, Outcome
 from engine.operator import Stage
 from pipelines.recipes import Recipe
 
@@ -34,7 +34,7 @@ def show(places: Places) -> None:
     cards.style()
     root = places.dataset
     recipe = funnel.recipe_of(root)
-    bounds = thresholds.bounds_of(recipe.stages) if recipe else {}
+    bounds = bounds_of(recipe.stages) if recipe else {}
     if not lance_sql.has_rows(root, "clips"):
         look.empty(
             "No clips yet.",
@@ -47,15 +47,14 @@ def show(places: Places) -> None:
             "Datasets of `classic`, `mimir`, `small`, `tiny` and `long` have.",
         )
         return
-    thresholds.foresee(root)
-    start = thresholds.published_bounds(root, recipe.stages)
+    now, start = thresholds.published_with_bounds(root, recipe.stages)
     moved = _moved(start)
     left, right = st.columns(2, gap="large")
     with left:
         column = _signal(recipe.stages, moved, start)
         moved = _sliders(root, recipe.stages, column, start)
     with right:
-        outcome, is_settled = _outcome(root, recipe.stages, moved, start)
+        outcome, is_settled = _outcome(root, recipe.stages, now, moved, start)
     with left:
         _histogram(root, column, moved, outcome.then)
     with right:
@@ -63,7 +62,8 @@ def show(places: Places) -> None:
         _stages(recipe.stages, outcome, moved)
     _export(root, recipe, moved)
     _examples(root, outcome, moved)
-    thresholds.prepare(root, recipe.stages)
+    # the browser has the page by now: this is so that a first move finds it done
+    thresholds.judged(root, recipe.stages, start)
 
 
 # What is moved
@@ -118,7 +118,7 @@ def _sliders(
         disabled=not changed,
         width="stretch",
     )
-    own = thresholds.bounds_of(stages)
+    own = bounds_of(stages)
     differs = {key: own[key] for key in own if own[key] != start[key]}
     if differs:
         buttons[1].button("The recipe's own", on_click=_set_all, args=(differs,), width="stretch")
@@ -134,11 +134,7 @@ def _slider(
 ) -> None:
     """A slider and a number that stand for the same bound."""
     value = held.get((column, which), bound)
-    low, high = max(0.0, min(extent[0], value, bound)), max(extent[1], value, bound)
-    if high <= low:
-        high = low + 1.0
-    step = 10.0 ** math.floor(math.log10((high - low) / 200))
-    low, high = math.floor(low / step) * step, math.ceil(high / step) * step
+    low, high, step = scale(extent, value, bound)
     words = {"lo": "out when less than", "hi": "out when more than", "above": "out when at most"}
     left, right = st.columns([4, 1], vertical_alignment="bottom")
     key = _KEY.format(column, which)
@@ -171,7 +167,7 @@ def _slider(
 def _take(column: str, which: str, widget: str) -> None:
     """A bound was moved by one of its widgets: the other one follows."""
     key = _KEY.format(column, which)
-    value = thresholds.tidy(float(st.session_state[key + widget]))
+    value = tidy(float(st.session_state[key + widget]))
     st.session_state["moved_bounds"][column, which] = value
     for other in ("-slider", "-number"):
         if other != widget:
@@ -188,10 +184,9 @@ def _set_all(bounds: Mapping[tuple[str, str], float]) -> None:
 
 
 def _outcome(
-    root: str, stages: Sequence[Stage], moved: Bounds, start: Bounds
+    root: str, stages: Sequence[Stage], now: Judged, moved: Bounds, start: Bounds
 ) -> tuple[Outcome, bool]:
     """What would be published; False where near-duplicates are still among the kept."""
-    now = thresholds.published(root)
     is_large = len(now.codes) > thresholds.SETTLED_AT_ONCE
     if moved == start and is_large and not now.in_state("pending").any():
         return thresholds.compared(now, now), True  # a million take half a second to judge
@@ -376,8 +371,7 @@ def _deciding(row: Mapping[str, Any], group: Group) -> str:
 
 def _export(root: str, recipe: Recipe, moved: Bounds) -> None:
     st.subheader("Export", anchor=False)
-    changes = thresholds.changes(recipe.stages, moved)
-    flags = "".join(f" {change}" for change in changes)
+    flags = "".join(f" {change}" for change in changes(recipe.stages, moved))
     flags = f" --set{flags}" if flags else ""
     left, right = st.columns([3, 1], vertical_alignment="bottom")
     with left:

@@ -44,14 +44,14 @@ def show(places: Places) -> None:
             " made, or a folder that has such folders in it.",
         )
         return
-    found = training.runs(places.training)
+    found = _runs(places.training)
     for run in found:
         if run.note:
-            st.warning(f"{run.name}: {run.note}", icon=":material/healing:")
+            st.warning(look.verbatim(f"{run.name}: {run.note}"), icon=":material/healing:")
         if not run.stages:
             st.info(
-                f"**{run.folder}** has no metrics (yet): its first steps may be under way, or it is"
-                " not what `python -m trainers train --out` named.",
+                f"**{look.verbatim(run.folder)}** has no metrics (yet): its first steps may be"
+                " under way, or it is not what `python -m trainers train --out` named.",
                 icon=":material/hourglass_empty:",
             )
     trained = [run for run in found if run.stages]
@@ -65,6 +65,11 @@ def show(places: Places) -> None:
     _curves(series)
     _stages(chosen)
     _samples(chosen, places)
+
+
+@st.cache_resource(ttl=10, max_entries=4, show_spinner=False)
+def _runs(folders: tuple[str, ...]) -> list[Run]:
+    return training.runs(folders)
 
 
 def _chosen(found: Sequence[Run]) -> tuple[list[Run], str]:
@@ -114,8 +119,9 @@ def _number(value: float | None, how: str, unit: str = "") -> str:
     return "–" if value is None else f"{format(value, how)}{unit}"
 
 
+@st.fragment
 def _curves(series: Sequence[tuple[str, Stage]]) -> None:
-    """A chart a figure; several runs over each other."""
+    """A chart a figure; several runs over each other. Smoothing them draws nothing else anew."""
     left, right = st.columns([3, 1], vertical_alignment="bottom")
     smoothing = left.slider(
         "Smoothing", 0.0, 0.99, 0.6, 0.01, key="smoothing",
@@ -235,7 +241,8 @@ def _stages(chosen: Sequence[Run]) -> None:
     cells = [[markup.text(cell) for cell in line] for line in lines]
     markup.show(markup.table(heads, cells, left=[1, 2, 5, 6, 8], name="stages"))
     for run in chosen:
-        with st.expander(f"Resolved settings of {run.name}: recipe {run.recipe}"):
+        named = look.verbatim(f"{run.name}: recipe {run.recipe}")
+        with st.expander(f"Resolved settings of {named}"):
             about: dict[str, Any] = {"run.json": dict(run.about)} if run.about else {}
             for stage in run.stages:
                 about[stage.name] = _short(stage.config)
@@ -261,14 +268,14 @@ def _samples(chosen: Sequence[Run], places: Places) -> None:
     st.subheader("Samples", anchor=False)
     shown = False
     for run in chosen:
-        own = training.samples_in(run)[:MOST_SAMPLES]
+        own = training.samples_in(run, MOST_SAMPLES)
         parts = [(f"{run.name}, {training.SAMPLES}/", own)] if own else []
         for model, checkpoint in training.exports_of(run, evaluations).items():
             made = training.samples_of(evaluations, model, checkpoint, MOST_SAMPLES)
             parts += [(f"{run.name}, evaluated as {model}", made)] if made else []
         for title, samples in parts:
             shown = True
-            st.markdown(f"**{title}**")
+            st.markdown(f"**{look.verbatim(title)}**")
             for start in range(0, len(samples), 3):
                 for place, one in zip(st.columns(3), samples[start : start + 3], strict=False):
                     with place:
@@ -285,9 +292,9 @@ def _sample(one: Sample, places: Places) -> None:
     if one.generation_id:
         cache = {"cache": places.cache, "cache_bytes": places.cache_bytes}
         try:
-            data = video_bytes(places.evaluations, one.generation_id, one.sha256, **cache)
+            data = video_bytes(places.evaluations, one.generation_id, **cache)
         except playable.Unplayable as error:
-            st.error(str(error), icon=":material/videocam_off:")
+            st.error(look.verbatim(error), icon=":material/videocam_off:")
             return
     else:
         data = storage.read_bytes(one.uri)
@@ -295,4 +302,4 @@ def _sample(one: Sample, places: Places) -> None:
         st.video(data, loop=True, autoplay=True, muted=True)
     else:
         st.image(data, width="stretch")
-    st.caption(one.caption, help=one.about or None)
+    st.caption(look.verbatim(one.caption), help=look.verbatim(one.about) or None)

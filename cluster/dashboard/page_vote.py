@@ -7,7 +7,6 @@ nothing). Errors go to the server's log, for they may name models and paths.
 
 from __future__ import annotations
 
-import html
 import logging
 import time
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import streamlit as st
 
-from cluster.dashboard import look
+from cluster.dashboard import look, markup
 from cluster.dashboard.places import Places
 from engine.integrity import VideoError
 from engine.operator import Failed
@@ -56,10 +55,11 @@ def show(places: Places) -> None:
     """The page."""
     try:
         study, shown = _opened(places)
-        allowed = _allowed(places)
+        # read at every step: whoever was taken out of it votes no more
+        allowed = ballots.voters_of(places.voters) if places.voters else None
     except (DatasetError, ValueError, OSError, pa.ArrowException) as error:
         _begin("A blind comparison of videos.")
-        _closed(places, error)
+        closed(places, error)
         return
     _begin(study.design.task)
     code = _code(allowed)
@@ -69,7 +69,7 @@ def show(places: Places) -> None:
     try:
         done = _done(places, study, voter)
     except (DatasetError, OSError, pa.ArrowException) as error:
-        _closed(places, error)
+        closed(places, error)
         return
     items = [item for item in study.ordered(voter) if item.item_id in shown]
     skipped: set[str] = st.session_state.setdefault("skipped", set())
@@ -87,36 +87,42 @@ def _begin(about: str) -> None:
     st.html(_STYLE)
 
 
-def _closed(places: Places, error: Exception) -> None:
+def closed(places: Places, error: Exception) -> None:
     """In place of the page: the reason where the other pages are shown too, else in the log."""
     _log.warning("the vote page cannot be shown: %s", error)
-    said = _CLOSED if places.only_vote else str(error).splitlines()[0]
+    said = _CLOSED if places.only_vote else look.verbatim(error)
     st.error(said, icon=":material/block:")
 
 
-@st.cache_resource(max_entries=4, show_spinner=False)
-def _opened(places: Places) -> tuple[Study, frozenset[str]]:
-    """The study, and ids of the items whose videos are all there."""
+def open_study(places: Places) -> Study:
+    """The study that is voted on, made where there is none.
+
+    Raises:
+        DatasetError: No study can be made, or another one is there.
+        OSError: The folder of votes cannot be written to.
+    """
     assert places.votes
-    study = ballots.open_study(
+    return ballots.open_study(
         places.votes,
         places.evaluations,
-        places.study,  # type: ignore[arg-type]
+        places.study,
         models=places.models,
         reference=places.reference,
         num_prompts=places.num_prompts,
         samples=places.samples,
     )
+
+
+# anew now and then: somebody may have removed the folder, and votes need their study beside them
+@st.cache_resource(ttl=60, max_entries=4, show_spinner=False)
+def _opened(places: Places) -> tuple[Study, frozenset[str]]:
+    """The study, and ids of the items whose videos are all there."""
+    study = open_study(places)
     there = blind.stored(places.evaluations)
     shown = [item.item_id for item in study.items if there.issuperset(item.videos.values())]
     if not shown:
         raise DatasetError(f"{places.evaluations} has none of the study's videos any more")
     return study, frozenset(shown)
-
-
-@st.cache_resource(max_entries=4, show_spinner=False)
-def _allowed(places: Places) -> frozenset[str] | None:
-    return ballots.voters_of(places.voters) if places.voters else None
 
 
 def _code(allowed: frozenset[str] | None) -> str | None:
@@ -155,18 +161,18 @@ def _ask(
     models = study.shown(voter, item)
     try:
         videos = [_video(places.evaluations, item.videos[model]) for model in models]
-    except (DatasetError, VideoError, Failed, OSError) as error:
+    except (DatasetError, VideoError, Failed, OSError, pa.ArrowException) as error:
         _log.warning("item %s cannot be shown and is left out: %s", item.item_id, error)
         st.session_state["skipped"].add(item.item_id)
         st.rerun()
     st.progress(num_done / num_items, f"**{num_done + 1}** of {num_items}")
     _notice()
-    st.html(f'<div class="prompt">{_escaped(item.prompt)}</div>')
+    st.html(f'<div class="prompt">{markup.text(item.prompt)}</div>')
     letters = [_letter(place) for place in range(len(models))]
     _play(letters, videos)
     answers = _questions(study.design, item, letters)
     lacking = sum(not answer for answer in answers.values())
-    seen = st.session_state.setdefault(f"seen-{item.item_id}", time.monotonic())
+    seen = st.session_state.setdefault(f"seen-{voter}-{item.item_id}", time.monotonic())
     st.button(
         "Submit" if not lacking else f"Submit ({lacking} to answer)",
         key=f"submit-{item.item_id}",
@@ -209,8 +215,8 @@ def _questions(design: Design, item: Item, letters: list[str]) -> dict[str, list
         for question in design.questions:
             about, choice = st.columns([2, 1], gap="medium", vertical_alignment="center")
             about.html(
-                f'<div class="asked"><b>{_escaped(question.title)}</b>'
-                f"<span>{_escaped(question.text)}</span></div>"
+                f'<div class="asked"><b>{markup.text(question.title)}</b>'
+                f"<span>{markup.text(question.text)}</span></div>"
             )
             key = f"{question.key}-{item.item_id}"
             with choice:
@@ -276,7 +282,7 @@ def _end(num_done: int, num_items: int) -> None:
 
 def _who(code: str) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        st.caption(f"Voting as {_escaped(code)}", width="content")
+        st.caption(f"Voting as {look.verbatim(code)}", width="content")
         if st.button("Not you?", type="tertiary"):
             st.query_params.clear()
             st.rerun()
@@ -284,8 +290,3 @@ def _who(code: str) -> None:
 
 def _letter(place: int) -> str:
     return chr(ord("A") + place) if place < 26 else f"A{_letter(place - 26)}"
-
-
-def _escaped(text: str) -> str:
-    """Text as HTML shows it."""
-    return html.escape(text)

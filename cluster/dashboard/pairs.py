@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import io
 import re
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import lance
 import pyarrow as pa
+import streamlit as st
 
 from cluster.dashboard import lance_sql, markup
-from engine.blobs import take_blobs
+from cluster.dashboard.lance_sql import quoted
 
 SHOWN = (
     "pair_id", "clip_id", "source_uri", "media", "start_s", "end_s", "instruction",
@@ -22,8 +21,6 @@ SHOWN = (
     "reason", "error_type", "error",
 )  # fmt: skip
 """Columns of a pair on the page."""
-THUMBNAIL_PX = 120
-"""Height of a keyframe."""
 # words, single signs of scripts without spaces, and other signs; each with the space behind it
 _TOKENS = re.compile(
     r"([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
@@ -45,12 +42,12 @@ class Filter:
     def where(self) -> str | None:
         """As Lance's predicate."""
         parts = [
-            f"{name} = {_quoted(value)}"
+            f"{name} = {quoted(value)}"
             for name in ("instruction", "state", "language", "reason")
             if (value := getattr(self, name)) is not None
         ]
         if self.words.strip():
-            sought = _quoted(self.words.strip().lower())
+            sought = quoted(self.words.strip().lower())
             columns = ("original", "rephrased")
             found = " OR ".join(f"strpos(lower({name}), {sought}) > 0" for name in columns)
             parts.append(f"({found})")
@@ -68,47 +65,28 @@ def counts(root: str) -> pa.Table:
     )
 
 
-def found(root: str, which: Filter, offset: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
-    """How many pairs pass a filter, and some of them in the table's order."""
-    table = lance_sql.newest(root, "pairs")
+def num(root: str, which: Filter) -> int:
+    """How many pairs pass."""
+    return _num(lance_sql.newest(root, "pairs"), which)
+
+
+@st.cache_data(max_entries=64, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
+def _num(table: lance.LanceDataset, which: Filter) -> int:
+    return table.count_rows(which.where())
+
+
+def found(root: str, which: Filter, offset: int, limit: int) -> list[dict[str, Any]]:
+    """Some of the pairs that pass, in the table's order."""
+    return _found(lance_sql.newest(root, "pairs"), which, offset, limit)
+
+
+@st.cache_data(max_entries=64, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
+def _found(
+    table: lance.LanceDataset, which: Filter, offset: int, limit: int
+) -> list[dict[str, Any]]:
     names = [name for name in SHOWN if name in table.schema.names]
-    where = which.where()
-    rows = table.to_table(columns=names, filter=where, offset=offset, limit=limit).to_pylist()
-    return table.count_rows(where), [dict.fromkeys(SHOWN) | row for row in rows]
-
-
-def keyframes(root: str, clip_ids: Sequence[str], most: int) -> dict[str, list[bytes]]:
-    """Small pictures of clips in the order of time, evenly chosen, as JPEG."""
-    wanted = ", ".join(_quoted(one) for one in dict.fromkeys(clip_ids))
-    if not wanted or not lance_sql.has_rows(root, "keyframes"):
-        return {}
-    table = lance_sql.newest(root, "keyframes")
-    rows = table.to_table(
-        columns=["clip_id", "time_s"], filter=f"clip_id IN ({wanted})", with_row_id=True
-    ).to_pylist()
-    of: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row["time_s"] or 0.0):
-        of[row["clip_id"]].append(row)
-    chosen = [row for listed in of.values() for row in _spread(listed, most)]
-    blobs = take_blobs(table, "jpeg", ids=[row["_rowid"] for row in chosen]) if chosen else []
-    made: dict[str, list[bytes]] = defaultdict(list)
-    for row, blob in zip(chosen, blobs, strict=True):
-        made[row["clip_id"]].append(small(blob.read()))
-    return dict(made)
-
-
-def small(jpeg: bytes, height_px: int = THUMBNAIL_PX * 2) -> bytes:
-    """A picture made smaller, sharp on dense screens."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(jpeg)) as image:
-        if image.height <= height_px:
-            return jpeg
-        size = round(image.width * height_px / image.height), height_px
-        image.draft("RGB", size)
-        out = io.BytesIO()
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(out, "JPEG", quality=85)
-        return out.getvalue()
+    rows = table.to_table(columns=names, filter=which.where(), offset=offset, limit=limit)
+    return [dict.fromkeys(SHOWN) | row for row in rows.to_pylist()]
 
 
 def marked(original: str, rephrased: str) -> tuple[str, str]:
@@ -154,13 +132,3 @@ def _within(tag: str, tokens: _Tokens) -> str:
     words = inner.rstrip()
     end = tag.split()[0].strip("<>")
     return f"{tag}{markup.text(words)}</{end}>{inner[len(words) :]}"
-
-
-def _spread(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    if len(rows) <= most:
-        return rows
-    return [rows[i * (len(rows) - 1) // (most - 1)] for i in range(most)] if most > 1 else rows[:1]
-
-
-def _quoted(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,8 @@ class Places:
     """What it may hold."""
     votes: str | None = None
     """Where the vote page writes; without it there is no such page."""
-    study: str = "rise"
-    """Of the vote page: `rise` or `mimir`."""
+    study: Literal["rise", "mimir"] = "rise"
+    """Of the vote page."""
     models: tuple[str, ...] = ()
     """Of the study; by default all that the evaluation has."""
     reference: str | None = None

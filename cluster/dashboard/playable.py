@@ -7,6 +7,7 @@ child under limits, and nothing is served that is not a video.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,13 +17,17 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lance
+
 from cluster.dashboard import lance_sql
+from cluster.dashboard.lance_sql import quoted
 from engine import storage
 from engine.blobs import take_blobs
 from engine.cut import Cut, Encoding, Span
@@ -72,9 +77,9 @@ class Offer:
     """What there is to play of a clip."""
 
     uri: str
-    """A file; of a clip that was cut into a blob, the dataset's table."""
-    blob: int | None
-    """Row id in `cuts`, where the file is there."""
+    """A file; of what is in a table, the table."""
+    read: Callable[[int], bytes] | None = None
+    """Reads it out of the table, if it has at most so many bytes; of a file there is none."""
     span: Span
     codec: str
     plays: bool
@@ -91,13 +96,12 @@ def offer(root: str, clip_id: str) -> Offer:
     Raises:
         Unplayable: Neither is there.
     """
-    escaped = clip_id.replace("'", "''")
-    clip = _row(root, "clips", _CLIP, f"clip_id = '{escaped}'")
+    clip = _row(root, "clips", _CLIP, f"clip_id = {quoted(clip_id)}")
     if clip is None:
         raise Unplayable(f"no clip has the id {clip_id!r}")
     if clip["media"] == "image":
         raise Unplayable("an image: its keyframe is all there is")
-    source = _row(root, "sources", _SOURCE, f"source_id = '{clip['source_id']}'")
+    source = _row(root, "sources", _SOURCE, f"source_id = {quoted(clip['source_id'] or '')}")
     return _of_cut(root, clip, source or {}) or _of_source(clip, source)
 
 
@@ -113,7 +117,8 @@ def _of_cut(root: str, clip: Mapping[str, Any], source: Mapping[str, Any]) -> Of
     if not lance_sql.has_rows(root, "cuts"):
         return None
     names = "mode start_s end_s num_frames size_bytes path".split()
-    cut = _row(root, "cuts", names, f"clip_id = '{clip['clip_id']}' AND error_type IS NULL")
+    where = f"clip_id = {quoted(clip['clip_id'])} AND error_type IS NULL"
+    cut = _row(root, "cuts", names, where)
     if cut is None:
         return None
     uri = place_of(root, cut["path"]) if cut["path"] else storage.join(root, "cuts.lance")
@@ -124,13 +129,13 @@ def _of_cut(root: str, clip: Mapping[str, Any], source: Mapping[str, Any]) -> Of
     length_s = cut["end_s"] - cut["start_s"]
     return Offer(
         uri=uri,
-        blob=None if cut["path"] else cut["_rowid"],
+        read=None if cut["path"] else partial(_blob, lance_sql.newest(root, "cuts"), cut["_rowid"]),
         span=Span(clip_id=clip["clip_id"], start_s=0.0, end_s=length_s, start_frame=0,
                   num_frames=cut["num_frames"]),
         codec=codec,
         plays=pixels in _PLAYS.get(codec, ()),
         whole=True,
-        key=_key("cut", clip["clip_id"], cut["mode"], cut["size_bytes"], cut["num_frames"]),
+        key=key_of("cut", clip["clip_id"], cut["mode"], cut["size_bytes"], cut["num_frames"]),
     )  # fmt: skip
 
 
@@ -152,12 +157,11 @@ def _of_source(clip: Mapping[str, Any], source: Mapping[str, Any] | None) -> Off
     codec = source["codec"] or clip["codec"] or ""
     return Offer(
         uri=uri,
-        blob=None,
         span=span,
         codec=codec,
         plays=source["pix_fmt"] in _PLAYS.get(codec, ()),
         whole=span.start_frame == 0 and span.num_frames == source["num_frames"],
-        key=_key(content, span.start_s, span.end_s, span.start_frame, span.num_frames),
+        key=key_of(content, span.start_s, span.end_s, span.start_frame, span.num_frames),
     )
 
 
@@ -168,7 +172,8 @@ def _is_there(uri: str) -> bool:
         return False
 
 
-def _key(*facts: object) -> str:
+def key_of(*facts: object) -> str:
+    """The name in the cache of what is made of something with these facts."""
     said = json.dumps([_VERSION, dataclasses.asdict(ENCODING), *facts])
     return hashlib.sha256(said.encode()).hexdigest()
 
@@ -178,7 +183,7 @@ def is_ready(offered: Offer, cache: str) -> bool:
     return offered.plays or _cached(offered, cache) is not None
 
 
-def play(root: str, offered: Offer, cache: str, cache_bytes: int) -> Playable:
+def play(offered: Offer, cache: str, cache_bytes: int) -> Playable:
     """The clip for a browser: as it is, from the cache, or made now.
 
     Safe to be called by several threads and processes: one file is made once in a process, appears
@@ -187,37 +192,33 @@ def play(root: str, offered: Offer, cache: str, cache_bytes: int) -> Playable:
     Raises:
         Unplayable: It cannot be had.
     """
-    if found := _as_it_is(root, offered):
+    if found := _as_it_is(offered):
         return found
     if found := _cached(offered, cache):
         return found
     with _lock:
         future = _making.get(offered.key)
         if future is None:
-            future = _workers.submit(_made, root, offered, cache, cache_bytes)
+            future = _workers.submit(_made, offered, cache, cache_bytes)
             _making[offered.key] = future
+            future.add_done_callback(lambda _: _making.pop(offered.key))
     try:
         return future.result()
     except Failed as failure:
         raise Unplayable(failure.message) from failure
-    except FileNotFoundError as error:
-        raise Unplayable(f"{offered.uri} is gone") from error
-    finally:
-        with _lock:
-            _making.pop(offered.key, None)
+    except (OSError, ValueError) as error:  # a full disk, or too large a blob
+        raise Unplayable(str(error).partition("\n")[0]) from error
 
 
-def _as_it_is(root: str, offered: Offer) -> Playable | None:
+def _as_it_is(offered: Offer) -> Playable | None:
     """A whole file that plays, if it is small."""
-    ending = "mp4" if offered.blob is not None else storage.local_path(offered.uri).rsplit(".")[-1]
+    ending = "mp4" if offered.read else storage.local_path(offered.uri).rsplit(".")[-1]
     mime = _ENDINGS.get(ending.lower())
     if not (offered.plays and offered.whole and mime):
         return None
     try:
-        if offered.blob is not None:
-            data = _blob(root, offered.blob, AS_IT_IS_BYTES)
-        else:
-            data = storage.read_bytes(offered.uri, AS_IT_IS_BYTES)
+        read = offered.read or partial(storage.read_bytes, offered.uri)
+        data = read(AS_IT_IS_BYTES)
     except ValueError:  # larger
         return None
     except OSError as error:
@@ -229,8 +230,8 @@ def _as_it_is(root: str, offered: Offer) -> Playable | None:
     return None
 
 
-def _blob(root: str, row_id: int, max_bytes: int) -> bytes:
-    (blob,) = take_blobs(lance_sql.newest(root, "cuts"), "mp4", ids=[row_id])
+def _blob(table: lance.LanceDataset, row_id: int, max_bytes: int) -> bytes:
+    (blob,) = take_blobs(table, "mp4", ids=[row_id])
     if blob is None or blob.size() > max_bytes:
         raise ValueError(f"a blob of at most {max_bytes} bytes is read")
     return blob.read()
@@ -241,9 +242,10 @@ def _cached(offered: Offer, cache: str) -> Playable | None:
         path = Path(cache, f"{offered.key}.{ending}")
         try:
             data = path.read_bytes()
-            os.utime(path)  # the least recently played go first
-        except FileNotFoundError:
+        except OSError:  # not there, or not to be read
             continue
+        with contextlib.suppress(OSError):  # a cache that is not ours to change
+            os.utime(path)  # the least recently played go first
         return Playable(data=data, mime=_ENDINGS[ending], how="made before")
     return None
 
@@ -267,14 +269,14 @@ def _sandbox() -> Sandbox:
     return _child.sandbox
 
 
-def _made(root: str, offered: Offer, cache: str, cache_bytes: int) -> Playable:
+def _made(offered: Offer, cache: str, cache_bytes: int) -> Playable:
     os.makedirs(cache, exist_ok=True)
     _clear(cache)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=cache) as folder:
         unit = CutUnit(source_id="", source_uri=offered.uri, clips=(offered.span,))
-        if offered.blob is not None:
-            path = os.path.join(folder, "cut")
-            Path(path).write_bytes(_blob(root, offered.blob, 2**31))
+        if offered.read:
+            path = os.path.join(folder, "stored")
+            Path(path).write_bytes(offered.read(2**31))
             unit = dataclasses.replace(unit, source_uri=path)
         made = _copy(unit, folder) if offered.plays else None
         how = "copied out of its source" if made else f"made H.264 of {offered.codec}"

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import lance
 import pyarrow as pa
 import streamlit as st
 
 from cluster.dashboard import lance_sql, markup
-from engine.schema import RUNS
+from cluster.dashboard.lance_sql import quoted
+from engine.schema import RUNS, TABLES
 from evals.evaluation import KIND
 from evals.metric import NO_OBJECT
 from evals.recipes import TINY
@@ -78,15 +80,16 @@ def runs(roots: Sequence[str]) -> list[Run]:
         run
         for root in dict.fromkeys(roots)
         if lance_sql.has_rows(root, "runs")
-        for run in _runs(root, lance_sql.newest(root, "runs").version)
+        for run in _runs(lance_sql.newest(root, "runs"), root)
     ]
     return sorted(found, key=lambda run: run.started_at, reverse=True)
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _runs(root: str, version: int) -> list[Run]:
-    table = lance_sql.columns(root, "runs", tuple(RUNS.names))
-    return [_run(root, row) for row in table.to_pylist()]
+@st.cache_resource(max_entries=4, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
+def _runs(table: lance.LanceDataset, root: str) -> list[Run]:
+    there = [name for name in RUNS.names if name in table.schema.names]
+    rows = table.to_table(columns=there).to_pylist()
+    return [_run(root, dict.fromkeys(RUNS.names) | row) for row in rows]
 
 
 def _run(root: str, row: Mapping[str, Any]) -> Run:
@@ -139,19 +142,17 @@ def work(run: Run) -> list[dict[str, Any]]:
     found = []
     if run.kind == "curation":
         return found
-    quoted = run.run_id.replace("'", "''")
+    of_run = f"run_id = {quoted(run.run_id)}"
     if lance_sql.has_rows(run.root, "scores"):
         query = (
             "SELECT 'score ' || dimension AS what, coalesce(sum(seconds), 0) AS seconds,"
             " count(*) AS rows, count(error_type) AS failed FROM rows GROUP BY dimension"
         )
         columns = ("dimension", "seconds", "error_type")
-        found += lance_sql.streamed(
-            run.root, "scores", columns, query, f"run_id = '{quoted}'"
-        ).to_pylist()
+        found += lance_sql.streamed(run.root, "scores", columns, query, of_run).to_pylist()
     if lance_sql.has_rows(run.root, "generations"):
         rows = lance_sql.newest(run.root, "generations").to_table(
-            columns=["model", "timings", "error_type"], filter=f"run_id = '{quoted}'"
+            columns=["model", "timings", "error_type"], filter=of_run
         )
         of: dict[str, dict[str, Any]] = {}
         for row in rows.to_pylist():
@@ -167,63 +168,67 @@ def work(run: Run) -> list[dict[str, Any]]:
     return found
 
 
-@st.cache_data(max_entries=32, show_spinner=False)
-def _failures(root: str, versions: tuple[tuple[str, int], ...], run_id: str) -> list[dict]:
-    found: list[dict[str, Any]] = []
-    read_by: pa.Table | None = None
-    quoted = run_id.replace("'", "''")
-    for name, _ in versions:
-        doing = _DOING[name]
-        flag = "transient" if name == "sources" else "error_transient"
-        wanted = ["error_type", "error", flag, *([doing] if doing else [])]
-        table = lance_sql.newest(root, name)
-        wanted = [column for column in wanted if column in table.schema.names]
-        if name in _WITH_RUN:
-            where = f"error_type IS NOT NULL AND run_id = '{quoted}'"
-            rows = table.to_table(columns=wanted, filter=where).to_pylist()
-        else:
-            if read_by is None:
-                read_by = lance_sql.columns(root, "sources", ("source_id", "run_id"))
-            failed = table.to_table(columns=[*wanted, "source_id"], filter="error_type IS NOT NULL")
-            rows = lance_sql.sql(
-                "SELECT failed.* FROM failed JOIN sources USING (source_id)"
-                f" WHERE sources.run_id = '{quoted}'",
-                failed=failed, sources=read_by,
-            ).to_pylist()  # fmt: skip
-        found += [_failure(name, doing, flag, row) for row in rows]
-    return _counted(found)
-
-
 def failures(run: Run) -> list[dict[str, Any]]:
     """What failed in it: where, at what, the error, whether it may pass, and how often."""
-    versions = tuple(
-        (name, lance_sql.newest(run.root, name).version)
-        for name in (*_WITH_RUN, *_OF_SOURCES)
-        if lance_sql.has_rows(run.root, name)
+    found: list[dict[str, Any]] = []
+    for name in (*_WITH_RUN, *_OF_SOURCES):
+        if not lance_sql.has_rows(run.root, name):
+            continue
+        columns = ("error_type", "error", _flag(name), *filter(None, [_DOING[name]]))
+        if name in _WITH_RUN:
+            where = f"error_type IS NOT NULL AND run_id = {quoted(run.run_id)}"
+            rows = lance_sql.streamed(run.root, name, columns, _counted(name), where)
+        else:
+            rows = _of_sources(
+                lance_sql.newest(run.root, name),
+                lance_sql.newest(run.root, "sources"),
+                name,
+                columns,
+                run.run_id,
+            )
+        found += rows.to_pylist()
+    return sorted(found, key=lambda one: -one["count"])
+
+
+@st.cache_resource(max_entries=32, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
+def _of_sources(
+    table: lance.LanceDataset,
+    sources: lance.LanceDataset,
+    name: str,
+    columns: tuple[str, ...],
+    run_id: str,
+) -> pa.Table:
+    """Failures of rows whose source this run was the last to read."""
+    there = [column for column in (*columns, "source_id") if column in table.schema.names]
+    failed = table.to_table(columns=there, filter="error_type IS NOT NULL")
+    read = sources.to_table(columns=["source_id"], filter=f"run_id = {quoted(run_id)}")
+    # for columns that an older dataset lacks
+    none = pa.schema([TABLES[name].field(column) for column in columns]).empty_table()
+    rows = "FROM failed SEMI JOIN read USING (source_id) UNION ALL BY NAME FROM none"
+    return lance_sql.sql(
+        f"WITH rows AS ({rows}) {_counted(name)}", failed=failed, read=read, none=none
     )
-    return _failures(run.root, versions, run.run_id)
 
 
-def _failure(name: str, doing: str, flag: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    at = (row.get(doing) if doing else None) or "scan"
-    message = " ".join(str(row["error"] or "").split())
-    return {
-        "table": name,
-        "at": at,
-        "error_type": row["error_type"],
-        "message": message[:_SHOWN] + (" …" if len(message) > _SHOWN else ""),
-        "kind": "left out" if row["error_type"] == NO_OBJECT
-        else "may pass" if row.get(flag) else "final",
-    }  # fmt: skip
+def _flag(name: str) -> str:
+    """The column that says whether an error may pass."""
+    return "transient" if name == "sources" else "error_transient"
 
 
-def _counted(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Equal ones together, the most frequent first."""
-    counts: dict[tuple[tuple[str, Any], ...], int] = defaultdict(int)
-    for row in rows:
-        counts[tuple(row.items())] += 1
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return [dict(row) | {"count": number} for row, number in ordered]
+def _counted(name: str) -> str:
+    """SQL over failed `rows` of a table: equal ones together, the most frequent first."""
+    at = f"coalesce(nullif({_DOING[name]}, ''), 'scan')" if _DOING[name] else "'scan'"
+    same = f'{at} AS "at", error_type, error, {_flag(name)} AS may_pass'
+    # messages are made one line after rows were counted: there are few of them
+    said = r"trim(regexp_replace(coalesce(error, ''), '\s+', ' ', 'g'))"
+    told = f"SELECT *, {said} AS said FROM (SELECT {same}, count(*) AS num FROM rows GROUP BY ALL)"
+    return (
+        f'SELECT \'{name}\' AS "table", "at", error_type,'
+        f" CASE WHEN length(said) > {_SHOWN} THEN left(said, {_SHOWN}) || ' …' ELSE said END"
+        f" AS message, CASE WHEN error_type = {quoted(NO_OBJECT)} THEN 'left out'"
+        " WHEN may_pass THEN 'may pass' ELSE 'final' END AS kind, sum(num)::BIGINT AS count"
+        f' FROM ({told}) GROUP BY ALL ORDER BY count DESC, "at", error_type, message'
+    )
 
 
 _STEP = " › "

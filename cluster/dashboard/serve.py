@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -31,17 +32,7 @@ class _Server:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dashboard(_Server):
-    """Shows the tables of a dataset in the browser; nothing is written but votes."""
-
-    dataset: tyro.conf.Positional[str]
-    """That `pipelines/curate.py --dst` or `python -m evals run --dst` named."""
-    evaluations: str | None = None
-    """Dataset with the evaluations, where it is another one."""
-    training: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER")] = ()
-    """Folders of training runs."""
-    votes: str | None = None
-    """Shows the vote page as well, which writes there."""
+class _Study(_Server):
     study: Literal["rise", "mimir"] = "rise"
     """What is voted on."""
     models: tuple[str, ...] = ()
@@ -53,7 +44,21 @@ class Dashboard(_Server):
     samples: int | None = None
     """Of a new study: videos of a prompt and model (both papers: 1); by default all."""
     voters: str | None = None
-    """File with the codes that may vote, one a line; by default any code."""
+    """File with the codes that may vote, one a line, read at every step; by default any code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dashboard(_Study):
+    """Shows the tables of a dataset in the browser; nothing is written but votes."""
+
+    dataset: tyro.conf.Positional[str]
+    """That `pipelines/curate.py --dst` or `python -m evals run --dst` named."""
+    evaluations: str | None = None
+    """Dataset with the evaluations, where it is another one."""
+    training: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER")] = ()
+    """Folders of training runs."""
+    votes: str | None = None
+    """Shows the vote page as well, which writes there."""
     cache: str = "~/.cache/reelwright/playable"
     """Folder for clips that were made playable."""
     cache_gb: float = 2.0
@@ -61,66 +66,46 @@ class Dashboard(_Server):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vote(_Server):
+class Vote(_Study):
     """Shows the blind comparison alone: what its voters get."""
 
     dataset: tyro.conf.Positional[str]
     """With the evaluation whose videos are compared."""
     votes: str
     """Where votes are stored."""
-    study: Literal["rise", "mimir"] = "rise"
-    """What is voted on."""
-    models: tuple[str, ...] = ()
-    """By default all that the evaluation has."""
-    reference: str | None = None
-    """Of mimir: pairs with this model only; by default every pair, as in the paper."""
-    num_prompts: int | None = None
-    """Of a new study: so many prompts, drawn at random (Mimir: 20); by default all."""
-    samples: int | None = None
-    """Of a new study: videos of a prompt and model (both papers: 1); by default all."""
-    voters: str | None = None
-    """File with the codes that may vote, one a line; by default any code."""
 
 
 def serve(args: Dashboard) -> int:
     """`python -m cluster dashboard`."""
-    root = command.destination(args.dataset)
-    return _run(
-        args,
-        Places(
-            dataset=root,
-            evaluations=command.destination(args.evaluations) if args.evaluations else root,
-            training=tuple(command.destination(folder) for folder in args.training),
-            cache=command.destination(args.cache),
-            cache_bytes=int(args.cache_gb * 1e9),
-            votes=command.destination(args.votes) if args.votes else None,
-            study=args.study,
-            models=args.models,
-            reference=args.reference,
-            num_prompts=args.num_prompts,
-            samples=args.samples,
-            voters=command.destination(args.voters) if args.voters else None,
-        ),
+    places = dataclasses.replace(
+        _places(args),
+        training=tuple(command.destination(folder) for folder in args.training),
+        cache=command.destination(args.cache),
+        cache_bytes=int(args.cache_gb * 1e9),
     )
+    if args.evaluations:
+        places = dataclasses.replace(places, evaluations=command.destination(args.evaluations))
+    return _run(args, places)
 
 
 def serve_vote(args: Vote) -> int:
     """`python -m cluster vote`."""
+    return _run(args, dataclasses.replace(_places(args), only_vote=True))
+
+
+def _places(args: Dashboard | Vote) -> Places:
+    """What both have in common."""
     root = command.destination(args.dataset)
-    return _run(
-        args,
-        Places(
-            dataset=root,
-            evaluations=root,
-            votes=command.destination(args.votes),
-            study=args.study,
-            models=args.models,
-            reference=args.reference,
-            num_prompts=args.num_prompts,
-            samples=args.samples,
-            voters=command.destination(args.voters) if args.voters else None,
-            only_vote=True,
-        ),
+    return Places(
+        dataset=root,
+        evaluations=root,
+        votes=command.destination(args.votes) if args.votes else None,
+        study=args.study,
+        models=args.models,
+        reference=args.reference,
+        num_prompts=args.num_prompts,
+        samples=args.samples,
+        voters=command.destination(args.voters) if args.voters else None,
     )
 
 
@@ -135,7 +120,8 @@ def _run(args: _Server, places: Places) -> int:
         identity(root)  # or one line that says what is wrong
     if places.only_vote:
         _check_study(places)
-    command.err.print(f"http://{args.host}:{args.port}  {places.dataset}", highlight=False)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    command.err.print(f"http://{host}:{args.port}  {places.dataset}", highlight=False)
     if args.host not in LOCAL:
         command.err.print(
             f"note: whoever reaches {args.host} sees all of it: there is no login", highlight=False
@@ -151,21 +137,12 @@ def _run(args: _Server, places: Places) -> int:
 
 def _check_study(places: Places) -> None:
     """Makes the study, or opens it: what is wrong is told here, for voters are not told."""
-    from evals import votes
+    from cluster.dashboard.page_vote import open_study
+    from evals.votes import voters_of
 
-    assert places.votes
     if places.voters:
-        votes.voters_of(places.voters)
-    study = votes.open_study(
-        places.votes,
-        places.evaluations,
-        places.study,  # type: ignore[arg-type]
-        models=places.models,
-        reference=places.reference,
-        num_prompts=places.num_prompts,
-        samples=places.samples,
-    )
-    command.err.print(f"{len(study.items):,} items to vote on", highlight=False)
+        voters_of(places.voters)
+    command.err.print(f"{len(open_study(places).items):,} items to vote on", highlight=False)
 
 
 def command_line(args: _Server, places: Places) -> list[str]:

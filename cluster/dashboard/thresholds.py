@@ -7,38 +7,31 @@ new one: `engine.judge` looks at nothing of a rule but which rows cross it.
 from __future__ import annotations
 
 import hashlib
-import json
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
 from cluster.dashboard import lance_sql
-from cluster.dashboard.funnel import parsed, tallies
+from cluster.dashboard.bounds import SIGNS, Bounds, changes, published_bounds
+from cluster.dashboard.funnel import parsed
 from engine.duplicates import settle
 from engine.judge import columns_read, judge
 from engine.operator import Rule, Stage
-from engine.tables import read
 from pipelines.cli import with_bounds
 
-Bounds = Mapping[tuple[str, str], float]
-"""By column and `lo`, `hi` or `above`."""
-SIGNS = {"lo": "<", "above": "<=", "hi": ">"}
-"""How a reason says which bound was crossed."""
 SETTLED_AT_ONCE = 30_000
 """So many clips take about a second to be compared with each other."""
 SETTLE_S = 35e-6
 """For each clip, with five keyframes: see `engine.duplicates.settle`."""
 _PART = 131_072
-_SHOWN_S = 1.0
-"""A browser has shown a page by then."""
 
 
 @dataclass(frozen=True, order=True)
@@ -79,96 +72,6 @@ class Judged:
         return self.groups[self.codes[row]]
 
 
-def bounds_of(stages: Sequence[Stage]) -> dict[tuple[str, str], float]:
-    """The thresholds of a recipe, in its order."""
-    return {
-        (rule.column, which): float(bound)
-        for stage in stages
-        for rule in stage.rules
-        for which in SIGNS
-        if (bound := getattr(rule, which)) is not None
-    }
-
-
-def published_bounds(root: str, stages: Sequence[Stage]) -> dict[tuple[str, str], float]:
-    """The thresholds that the verdicts in a dataset were published with, as far as they tell.
-
-    Reasons name theirs. Of a bound that rejected no clip nothing is left but that all kept clips
-    are within: it is that of the last run, else the recipe's, else as loose as it must have been.
-    """
-    bounds, names = bounds_of(stages), {sign: which for which, sign in SIGNS.items()}
-    ran, told = _of_last_run(root), dict[tuple[str, str], float]()
-    kept = _kept_extents(root, tuple(dict.fromkeys(column for column, _ in bounds)))
-    for tally in sorted(tallies(root), key=lambda t: t.num):
-        if tally.bound is not None:
-            column, sign = parsed(tally.reason or "")
-            told[column, names.get(sign, "")] = tally.bound
-    for (column, which), own in bounds.items():
-        low, high = kept[column]
-        last = high if which == "hi" else low
-        likely = [ran.get((column, which), own), own]
-        fitting = (b for b in likely if last is None or _admits(which, b, last))
-        bounds[column, which] = told.get((column, which), next(fitting, last))
-    return bounds
-
-
-def _admits(which: str, bound: float, value: float) -> bool:
-    # a bound is compared in the type of its signal, which may be float32
-    slack = 1e-6 * abs(bound)
-    return value <= bound + slack if which == "hi" else value >= bound - slack
-
-
-def _kept_extents(
-    root: str, columns: tuple[str, ...]
-) -> dict[str, tuple[float | None, float | None]]:
-    """Least and greatest value of the clips that all rules kept."""
-    asked = ", ".join(f"min({c}), max({c})" for c in columns)
-    if not columns:
-        return {}
-    row = lance_sql.streamed(
-        root,
-        "clips",
-        (*columns, "state"),
-        f"SELECT {asked} FROM rows WHERE state IN ('kept', 'duplicate')",
-    )
-    ends = [column[0].as_py() for column in row.columns]
-    return {c: (ends[2 * i], ends[2 * i + 1]) for i, c in enumerate(columns)}
-
-
-def _of_last_run(root: str) -> dict[tuple[str, str], float]:
-    """The thresholds that the last run recorded."""
-    if not lance_sql.has_rows(root, "runs"):
-        return {}
-    runs = lance_sql.columns(root, "runs", ("started_at", "resolved")).to_pylist()
-    for run in sorted(runs, key=lambda r: r["started_at"], reverse=True):
-        recipe = json.loads(run["resolved"] or "{}")
-        stages = recipe.get("stages") if isinstance(recipe, dict) else None
-        rules = [r for s in stages or () for r in s.get("rules", ())]
-        if rules:
-            return {
-                (rule["column"], which): float(rule[which])
-                for rule in rules
-                for which in SIGNS
-                if rule.get(which) is not None
-            }
-    return {}
-
-
-def changes(stages: Sequence[Stage], bounds: Bounds) -> tuple[str, ...]:
-    """What `--set` must be given for these bounds: those that differ from the recipe's."""
-    own = bounds_of(stages)
-    return tuple(
-        f"{column}.{which}={bound!r}".removesuffix(".0")
-        for (column, which), bound in bounds.items()
-        if own.get((column, which)) != bound
-    )
-
-
-def tidy(bound: float) -> float:
-    """A bound with as many digits as reasons show."""
-    return float(f"{bound:g}")
-
-
 def rows_of(root: str, stages: Sequence[Stage]) -> pa.Table:
     """Columns that judging needs; kept in memory."""
     return lance_sql.columns(root, "clips", tuple(columns_read(stages)))
@@ -182,44 +85,31 @@ def values_of(root: str, column: str) -> np.ndarray:
 
 def published(root: str) -> Judged:
     """The verdicts that a dataset has now."""
-    return _published(root, lance_sql.newest(root, "clips").version)
+    return _published(lance_sql.newest(root, "clips"))
 
 
-@st.cache_resource(max_entries=4, show_spinner=False)
-def _published(root: str, version: int) -> Judged:
-    fragments = read(root, "clips", version=version).get_fragments()
+@st.cache_resource(max_entries=4, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
+def _published(clips: lance.LanceDataset) -> Judged:
+    names = ["state", "stage", "reason"]
     with ThreadPoolExecutor() as threads:  # Lance and Arrow work outside of Python's lock
-        names = ["state", "stage", "reason"]
-        return _joined(list(threads.map(lambda f: _coded(f.to_table(columns=names)), fragments)))
+        parts = threads.map(lambda f: _coded(f.to_table(columns=names)), clips.get_fragments())
+        return _joined(list(parts))
 
 
-def prepare(root: str, stages: Sequence[Stage]) -> None:
-    """Judges all clips behind a page that is shown, so that a first move finds that done."""
-    key = root, lance_sql.newest(root, "clips").version
-    if key not in _prepared:
-        _prepared.add(key)
-        _behind.submit(_prepare, root, stages)
-
-
-_prepared: set[tuple[str, int]] = set()
-_behind = ThreadPoolExecutor(2, thread_name_prefix="thresholds")
-
-
-def foresee(root: str) -> None:
-    """Begins to read what a page needs a little later."""
-    _behind.submit(published, root)
-
-
-def _prepare(root: str, stages: Sequence[Stage]) -> None:
-    time.sleep(_SHOWN_S)
-    judged(root, stages, published_bounds(root, stages))
+def published_with_bounds(
+    root: str, stages: Sequence[Stage]
+) -> tuple[Judged, dict[tuple[str, str], float]]:
+    """`published` and `published_bounds`, read side by side."""
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(_published, lance_sql.newest(root, "clips"))
+        bounds = published_bounds(root, stages)
+        return reading.result(), bounds
 
 
 def judged(root: str, stages: Sequence[Stage], bounds: Bounds) -> Judged:
     """The verdicts of all rules with other bounds; near-duplicates are still among the kept."""
     rows, start = rows_of(root, stages), published_bounds(root, stages)
-    version = lance_sql.newest(root, "clips").version
-    first = _first(root, version, tuple(start.items()), stages, rows)
+    first = _first(lance_sql.newest(root, "clips"), tuple(start.items()), stages, rows)
     between = np.zeros(rows.num_rows, bool)
     for (column, which), bound in bounds.items():
         if bound != start[column, which]:
@@ -235,10 +125,9 @@ def judged(root: str, stages: Sequence[Stage], bounds: Bounds) -> Judged:
     return Judged((*first.groups, *some.groups), codes)
 
 
-@st.cache_resource(max_entries=4, show_spinner=False)
+@st.cache_resource(max_entries=4, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
 def _first(
-    root: str,
-    version: int,
+    clips: lance.LanceDataset,
     bounds: tuple[tuple[tuple[str, str], float], ...],
     _stages: Sequence[Stage],
     _rows: pa.Table,
@@ -295,9 +184,8 @@ def settled(root: str, stages: Sequence[Stage], found: Judged) -> Judged:
     kept = np.flatnonzero(found.in_state("kept"))
     if stage is None or not len(kept):
         return found
-    version = lance_sql.newest(root, "clips").version
     digest = hashlib.sha256(kept.tobytes()).hexdigest()
-    copies = _copies(root, version, stage, digest, kept)
+    copies = _copies(lance_sql.newest(root, "clips"), stage, digest, kept)
     codes = found.codes.copy()
     codes[copies] = len(found.groups)
     return Judged((*found.groups, Group("duplicate", stage.name, "")), codes)
@@ -315,11 +203,12 @@ def with_published_copies(found: Judged, now: Judged, stages: Sequence[Stage]) -
     return Judged((*found.groups, Group("duplicate", stage, "")), codes)
 
 
-@st.cache_resource(max_entries=32, show_spinner=False, hash_funcs={Stage: repr})
-def _copies(root: str, version: int, stage: Stage, digest: str, _kept: np.ndarray) -> np.ndarray:
+@st.cache_resource(
+    max_entries=32, show_spinner=False, hash_funcs={**lance_sql.BY_STAMP, Stage: repr}
+)
+def _copies(clips: lance.LanceDataset, stage: Stage, digest: str, _kept: np.ndarray) -> np.ndarray:
     """Rows, out of those that all rules keep, that another of them stands for."""
     assert stage.distinct is not None
-    clips = read(root, "clips", version=version)
     candidates = clips.take(_kept.tolist(), columns=list(stage.distinct.columns))
     stands = settle(candidates, stage.distinct)
     return _kept[stands.is_valid().to_numpy(zero_copy_only=False)]
@@ -386,13 +275,12 @@ class Spread:
 
 def spread(root: str, column: str) -> Spread | None:
     """Where the values of a signal lie; None where no clip has any."""
-    return _spread(root, lance_sql.newest(root, "clips").version, column)
+    return _spread(lance_sql.newest(root, "clips"), column, values_of(root, column))
 
 
-@st.cache_data(max_entries=64, show_spinner=False)
-def _spread(root: str, version: int, column: str) -> Spread | None:
-    values = values_of(root, column)
-    known = values[np.isfinite(values)]
+@st.cache_data(max_entries=64, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
+def _spread(clips: lance.LanceDataset, column: str, _values: np.ndarray) -> Spread | None:
+    known = _values[np.isfinite(_values)]
     if not len(known):
         return None
     ends = np.percentile(known, [0.5, 99.5]) if len(known) > 1000 else (known.min(), known.max())

@@ -13,9 +13,11 @@ from typing import Any
 
 import lance
 import numpy as np
+import pandas as pd
 import streamlit as st
 
 from cluster.dashboard import lance_sql
+from cluster.dashboard.lance_sql import quoted
 from engine import storage
 from evals.evaluation import plans
 from trainers.recipes import TINY
@@ -142,16 +144,14 @@ def _table(folder: str) -> tuple[dict[str, list[dict[str, Any]]], str]:
     """Lines by stage, and what is wrong with the table."""
     uri = storage.join(folder, TABLE)
     try:
-        version = lance.dataset(uri, storage_options=storage.lance_options(uri)).version
-        return _rows(uri, version), ""
+        return _rows(lance.dataset(uri, storage_options=storage.lance_options(uri))), ""
     except (ValueError, OSError) as error:
         why = str(error).splitlines()[0]
         return {}, f"{TABLE} cannot be read, its journals are shown instead: {why}"
 
 
-@st.cache_resource(max_entries=16, show_spinner=False)
-def _rows(uri: str, version: int) -> dict[str, list[dict[str, Any]]]:
-    table = lance.dataset(uri, version=version, storage_options=storage.lance_options(uri))
+@st.cache_resource(max_entries=16, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
+def _rows(table: lance.LanceDataset) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in table.to_table(columns=["stage", "figures"]).to_pylist():
         found.setdefault(row["stage"], []).append(json.loads(row["figures"]))
@@ -239,14 +239,7 @@ def curve(stage: Stage, name: str, smoothing: float) -> list[dict[str, float | N
 
 def smoothed(values: np.ndarray, weight: float) -> np.ndarray:
     """The exponential running mean, of what there is at the start."""
-    if not weight:
-        return values
-    found, mean, norm = np.empty_like(values), 0.0, 0.0
-    for index, value in enumerate(values):
-        mean = weight * mean + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        found[index] = mean / norm
-    return found
+    return pd.Series(values).ewm(alpha=1 - weight).mean().to_numpy()
 
 
 # Samples
@@ -261,19 +254,19 @@ class Sample:
     """A file."""
     generation_id: str = ""
     """Or a row of `generations`."""
-    sha256: str | None = None
     is_video: bool = True
     about: str = ""
 
 
-def samples_in(run: Run) -> list[Sample]:
-    """Videos and pictures in the run's folder `samples`, as `generate --out` leaves them there."""
+def samples_in(run: Run, most: int) -> list[Sample]:
+    """Some videos and pictures of the run's folder `samples`, where `generate --out` puts them."""
     folder = storage.join(run.folder, SAMPLES)
     found = []
-    for name in _names_in(folder):
-        stem, _, ending = name.rpartition(".")
+    names = [name for name in _names_in(folder) if name.lower().endswith(_VIDEOS + _PICTURES)]
+    for name in names[:most]:
+        stem = name.rpartition(".")[0]
         uri = storage.join(folder, name)
-        if f".{ending.lower()}" in _VIDEOS:
+        if name.lower().endswith(_VIDEOS):
             said = _json(storage.join(folder, f"{stem}.json"))
             found.append(
                 Sample(
@@ -282,7 +275,7 @@ def samples_in(run: Run) -> list[Sample]:
                     about=str(said.get("rephrased") or ""),
                 )
             )
-        elif f".{ending.lower()}" in _PICTURES:
+        else:
             found.append(Sample(caption=name, uri=uri, is_video=False))
     return found
 
@@ -295,12 +288,12 @@ def exports_of(run: Run, root: str) -> dict[str, str]:
     """
     if not lance_sql.has_rows(root, "runs") or not run.stages:
         return {}
-    evaluated = _evaluated(root, lance_sql.newest(root, "runs").version)
+    evaluated = _evaluated(lance_sql.newest(root, "runs"), root)
     return {name: checkpoint for (name, at), checkpoint in evaluated.items() if _is_of(at, run)}
 
 
-@st.cache_resource(max_entries=4, show_spinner=False)
-def _evaluated(root: str, version: int) -> dict[tuple[str, str], str]:
+@st.cache_resource(max_entries=4, show_spinner=False, hash_funcs=lance_sql.BY_STAMP)
+def _evaluated(table: lance.LanceDataset, root: str) -> dict[tuple[str, str], str]:
     """Newest checkpoint of each export that was evaluated, by name and folder."""
     found: dict[tuple[str, str], str] = {}
     for plan in plans(root):
@@ -325,10 +318,10 @@ def samples_of(root: str, model: str, checkpoint: str, most: int) -> list[Sample
     """Videos that an evaluation has of a model, spread over its prompts."""
     if not lance_sql.has_rows(root, "generations"):
         return []
-    quoted = [one.replace("'", "''") for one in (model, checkpoint)]
+    of = f"model = {quoted(model)} AND checkpoint = {quoted(checkpoint)}"
     rows = lance_sql.newest(root, "generations").to_table(
-        columns=["generation_id", "prompt", "sample", "seed", "rephrased", "sha256"],
-        filter=f"model = '{quoted[0]}' AND checkpoint = '{quoted[1]}' AND error_type IS NULL",
+        columns=["generation_id", "prompt", "sample", "rephrased"],
+        filter=f"{of} AND error_type IS NULL",
     ).to_pylist()  # fmt: skip
     rows.sort(key=lambda row: (row["sample"], row["prompt"]))
     chosen = [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else rows
@@ -336,7 +329,6 @@ def samples_of(root: str, model: str, checkpoint: str, most: int) -> list[Sample
         Sample(
             caption=row["prompt"],
             generation_id=row["generation_id"],
-            sha256=row["sha256"],
             about=row["rephrased"] or "",
         )
         for row in chosen
