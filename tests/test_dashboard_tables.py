@@ -83,6 +83,26 @@ def test_a_page_sees_one_state_of_a_table_while_a_run_commits(root: str) -> None
     assert len(thresholds.published(root).codes) == 3
 
 
+def test_what_is_judged_ahead_of_a_move_is_of_the_tables_that_the_page_shows(
+    root: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    judged, seen = thresholds.judged, list[int]()
+    monkeypatch.setattr(thresholds, "_SHOWN_S", 0.2)
+    monkeypatch.setattr(thresholds, "judged", lambda *asked: seen.append(len(judged(*asked).codes)))
+    with lance_sql.snapshot():
+        _, start = thresholds.published_with_bounds(root, STAGES)
+        for _ in range(3):  # of which one is enough
+            thresholds.prepare(root, STAGES, start)
+        other = source_row(film(Path(root).parent / "other.mp4", "mpeg4"))
+        commit(root, [other], [clip_row(other, 24, 48)]).publish(STAGES)
+    with thresholds._preparing:
+        assert seen == [2]
+    monkeypatch.setattr(thresholds, "judged", lambda *_: lance_sql.newest("nowhere", "clips"))
+    thresholds.prepare(root, STAGES, start)
+    with thresholds._preparing, caplog.at_level(logging.WARNING):
+        assert "nowhere holds no dataset" in caplog.text
+
+
 def test_voters_are_not_told_what_went_wrong(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -62,8 +62,8 @@ def show(places: Places) -> None:
         _stages(recipe.stages, outcome, moved)
     _export(root, recipe, moved)
     _examples(root, outcome, moved)
-    # the browser has the page by now: this is so that a first move finds it done
-    thresholds.judged(root, recipe.stages, start)
+    if outcome.then is now:
+        thresholds.prepare(root, recipe.stages, start)
 
 
 # What is moved

@@ -6,13 +6,17 @@ new one: `engine.judge` looks at nothing of a rule but which rows cross it.
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
+import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import duckdb
 import lance
 import numpy as np
 import pyarrow as pa
@@ -25,6 +29,7 @@ from cluster.dashboard.funnel import parsed
 from engine.duplicates import settle
 from engine.judge import columns_read, judge
 from engine.operator import Rule, Stage
+from engine.tables import DatasetError
 from pipelines.cli import with_bounds
 
 SETTLED_AT_ONCE = 30_000
@@ -32,6 +37,9 @@ SETTLED_AT_ONCE = 30_000
 SETTLE_S = 35e-6
 """For each clip, with five keyframes: see `engine.duplicates.settle`."""
 _PART = 131_072
+_SHOWN_S = 1.0
+"""A browser has shown a page by then."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, order=True)
@@ -104,6 +112,31 @@ def published_with_bounds(
         reading = beside.submit(_published, lance_sql.newest(root, "clips"))
         bounds = published_bounds(root, stages)
         return reading.result(), bounds
+
+
+def prepare(root: str, stages: Sequence[Stage], start: Bounds) -> None:
+    """Judges all clips behind a page that is shown, so that a first move finds that done.
+
+    One at a time: while a run commits, each of its states would be another. It waits, for it would
+    keep the page from being sent.
+    """
+    if _preparing.acquire(blocking=False):
+        seen = contextvars.copy_context()  # the tables as the page has them
+        timer = threading.Timer(_SHOWN_S, seen.run, (_prepare, root, stages, start))
+        timer.daemon = True
+        timer.start()
+
+
+_preparing = threading.Lock()
+
+
+def _prepare(root: str, stages: Sequence[Stage], start: Bounds) -> None:
+    try:
+        judged(root, stages, start)
+    except (DatasetError, OSError, pa.ArrowException, duckdb.Error) as error:
+        _log.warning("clips were not judged ahead of a move: %s", error)
+    finally:
+        _preparing.release()
 
 
 def judged(root: str, stages: Sequence[Stage], bounds: Bounds) -> Judged:
