@@ -317,9 +317,10 @@ def url(made: Path, serve: Callable[..., str], tmp_path_factory: pytest.TempPath
 
 
 def _shown(browser: Any, name: str) -> list[list[str]]:
-    """Cells of a table of the page."""
+    """Cells of a table of the page, those of a part that is just unfolding as well."""
     rows = browser.until(lambda: browser.all(f"#{name} tbody tr"))
-    return [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "td")] for row in rows]
+    cells = [row.find_elements(By.CSS_SELECTOR, "td") for row in rows]
+    return [[cell.get_attribute("innerText").strip() for cell in row] for row in cells]
 
 
 def _press(browser: Any, words: str) -> None:
