@@ -166,6 +166,7 @@ def cluster() -> Iterator[Cluster]:
         "--num-cpus=2",
         "--object-store-memory=200000000",
         f"--temp-dir={folder}",
+        "--include-log-monitor=false",  # it looks at all logs all the time, for drivers that ask
         "--disable-usage-stats",
     ]
     with open(Path(folder, "start.log"), "wb") as log:

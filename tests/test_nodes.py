@@ -118,6 +118,7 @@ class Nodes:
             "--node-ip-address=127.0.0.1",
             "--num-cpus=1",
             "--object-store-memory=100000000",
+            "--include-log-monitor=false",
             f"--dashboard-agent-listen-port={listen}",
             f"--dashboard-agent-grpc-port={grpc}",
             f"--metrics-export-port={metrics}",
