@@ -12,7 +12,6 @@ from cluster.dashboard import look
 from evals import segments
 
 Rows = Sequence[Mapping[str, Any]]
-_GREY = "#8a93a3"
 
 
 def colours(models: Sequence[str]) -> alt.Scale:
@@ -106,7 +105,7 @@ def radar(
     marks = [{"x": 0.0, "y": at(0, ring)[1], "text": f"{ring:g}"} for ring in rings]
     domain = alt.Scale(domain=[-1.5, 1.5], nice=False)
     x, y = (alt.X("x:Q", scale=domain, axis=None), alt.Y("y:Q", scale=domain, axis=None))
-    faint = {"color": _GREY, "opacity": 0.35, "strokeWidth": 1}
+    faint = {"color": look.GREY, "opacity": 0.35, "strokeWidth": 1}
     layers = [
         alt.Chart(alt.Data(values=web)).mark_line(**faint).encode(
             x=x, y=y, order="order:O", detail="ring:N"),
@@ -118,14 +117,14 @@ def radar(
             tooltip=[alt.Tooltip("model:N"), alt.Tooltip("spoke:N", title="in"),
                      alt.Tooltip("value:Q", title=unit, format=".3f")]),
         alt.Chart(alt.Data(values=marks)).mark_text(
-            dx=9, dy=-5, fontSize=10, color=_GREY).encode(x=x, y=y, text="text:N"),
+            dx=9, dy=-5, fontSize=10, color=look.GREY).encode(x=x, y=y, text="text:N"),
     ]  # fmt: skip
     for align, baseline in dict.fromkeys((one["align"], one["baseline"]) for one in names):
         some = [one for one in names if (one["align"], one["baseline"]) == (align, baseline)]
         look_of = {"align": align, "baseline": baseline, "lineBreak": "\n", "fontSize": 12}
         layers.append(
             alt.Chart(alt.Data(values=some))
-            .mark_text(color=_GREY, **look_of)
+            .mark_text(color=look.GREY, **look_of)
             .encode(x=x, y=y, text="text:N")
         )
     square = alt.AutoSizeParams(type="pad", contains="padding")
@@ -162,7 +161,7 @@ def curves(
     tips = [alt.Tooltip("model:N"), alt.Tooltip("time_s:Q", title="seconds", format=".2f"),
             alt.Tooltip("score:Q", format=".4f")]  # fmt: skip
     return alt.layer(
-        alt.Chart(alt.Data(values=ends)).mark_rect(color=_GREY, opacity=0.13).encode(
+        alt.Chart(alt.Data(values=ends)).mark_rect(color=look.GREY, opacity=0.13).encode(
             x=alt.X("a:Q"), x2="b:Q"),
         base.mark_line(strokeWidth=1.4, strokeDash=[6, 4], opacity=0.75).encode(
             y=alt.Y("line:Q", title=label)),
@@ -207,7 +206,7 @@ def trend(rows: Rows, models: Sequence[str], *, title: str, label: str) -> alt.L
 def differences(rows: Rows, *, title: str, a: str, b: str) -> alt.LayerChart:
     """A - b with its interval. Rows: dimension, mean, low, high, verdict."""
     verdicts = ["beyond noise", "within noise", "too few prompts"]
-    shades = [look.SERIES[0], _GREY, "#c3c8d0"]
+    shades = [look.SERIES[0], look.GREY, "#c3c8d0"]
     order = [row["dimension"] for row in rows]
     base = alt.Chart(alt.Data(values=list(rows))).encode(
         y=alt.Y("dimension:N", title=None, sort=order, axis=alt.Axis(labelLimit=220)),
@@ -215,7 +214,7 @@ def differences(rows: Rows, *, title: str, a: str, b: str) -> alt.LayerChart:
                         legend=alt.Legend(title=None, orient="top")),
     )  # fmt: skip
     label = f"{a} − {b}, score (95 % interval)"
-    zero = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(color=_GREY, strokeDash=[4, 4])
+    zero = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(color=look.GREY, strokeDash=[4, 4])
     tips = [alt.Tooltip("dimension:N"), alt.Tooltip("mean:Q", format="+.4f", title="difference"),
             alt.Tooltip("low:Q", format="+.4f"), alt.Tooltip("high:Q", format="+.4f"),
             alt.Tooltip("verdict:N")]  # fmt: skip

@@ -15,6 +15,8 @@ STATES = {
     "pending": "#d9a441",
 }
 """A colour for each state of a row; legible on light and on dark."""
+GREY = "#8a93a3"
+"""Legible on both grounds."""
 SERIES = ("#3d7dca", "#e08a3c", "#2f9e6e", "#c4588c", "#8b6fd1", "#4ba3b5", "#b3894d", "#7a8699")
 """Of models and runs, in the order in which they are shown."""
 THEME = {

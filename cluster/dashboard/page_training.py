@@ -186,7 +186,12 @@ def _lines(
     )
     scale = alt.Scale(type="log" if is_log else "linear", zero=False, padding=6)
     base = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("step:Q", title="step", scale=alt.Scale(nice=False), axis=alt.Axis(format=",d")),
+        x=alt.X(
+            "step:Q",
+            title="step",
+            scale=alt.Scale(nice=False),
+            axis=alt.Axis(format=",d", tickMinStep=1),
+        ),
         color=alt.Color("run:N", scale=shades, legend=_LEGEND if legend else None),
     )
     if len(names) > 1:
@@ -198,17 +203,19 @@ def _lines(
     if smoothing:
         layers.append(
             base.mark_line(strokeWidth=1, opacity=0.28).encode(
-                y=alt.Y("value:Q", title=unit, scale=scale)
+                y=alt.Y("value:Q", title=None, scale=scale)
             )
         )
-    y = alt.Y("smooth:Q", title=unit, scale=scale)
+    y = alt.Y("smooth:Q", title=None, scale=scale)
     layers.append(base.mark_line(strokeWidth=2).encode(y=y))
     layers.append(
         base.mark_point(size=30, opacity=1 if len(rows) < 40 else 0, filled=True).encode(
             y=y, tooltip=tips
         )
     )
-    return alt.layer(*layers).properties(title=title, height=height)
+    # the unit may be longer than the axis
+    above = alt.TitleParams(title, subtitle=unit, subtitleColor=look.GREY, subtitleFontSize=12)
+    return alt.layer(*layers).properties(title=above, height=height)
 
 
 def _stages(chosen: Sequence[Run]) -> None:
